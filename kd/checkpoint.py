@@ -1,0 +1,167 @@
+"""A checkpoint: a directory of safetensors and JSON, published whole, checked before use, without pickle.
+
+checkpoint-300/
+  model.safetensors      the model's weights by name, each shared tensor once
+  state.safetensors      the tensors of everything else (optimizer moments, random-number states)
+  state.json             the rest of it, with references to those tensors
+  manifest.json          size and SHA-256 of each file, written last
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kd.errors import IntegrityError
+from kd.files import check_directory, publish_directory, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+STATE_TENSORS = "state.safetensors"
+STATE_FILE = "state.json"
+
+
+def save_checkpoint(directory: Path, model: nn.Module, state: dict[str, Any]) -> None:
+    """Publish a checkpoint in one step, replacing one of the same name.
+
+    Args:
+        directory: The checkpoint's directory.
+        model: Its weights are stored by their names in the state dict.
+        state: Nested dicts, lists, numbers, strings, None and tensors. Floats must be finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    packed = _pack(state, "", tensors)
+    with publish_directory(directory) as work:
+        save_model_file(work / MODEL_FILE, model)
+        save_file(tensors, work / STATE_TENSORS)
+        write_json(work / STATE_FILE, {"format_version": FORMAT_VERSION, "state": packed})
+
+
+def load_state(directory: Path) -> dict[str, Any]:
+    """Return the `state` that was saved, its tensors on the CPU.
+
+    Raises:
+        IntegrityError: if a file is missing or altered, or has another format version.
+    """
+    check_directory(directory, digests=True)
+    content = read_json(directory / STATE_FILE)
+    if content["format_version"] != FORMAT_VERSION:
+        raise IntegrityError(
+            f"{directory} has checkpoint format {content['format_version']}, this version reads {FORMAT_VERSION}. "
+            "Load it with the version that wrote it."
+        )
+    state = _unpack(content["state"], load_file(directory / STATE_TENSORS))
+    assert isinstance(state, dict)
+    return state
+
+
+def load_weights(directory: Path, model: nn.Module) -> None:
+    """Load a checkpoint's weights into a model of the same architecture.
+
+    Raises:
+        IntegrityError: if the file is missing, altered, or holds another architecture's weights.
+    """
+    check_directory(directory, digests=True)
+    load_model_file(directory / MODEL_FILE, model)
+
+
+def save_model_file(path: Path, model: nn.Module) -> None:
+    """Write a model's weights as one safetensors file, each shared tensor once."""
+    save_file(_unshared(model), path, metadata={"format": "pt"})
+
+
+def load_model_file(path: Path, model: nn.Module) -> None:
+    """Load one safetensors file of weights into a model of the same architecture.
+
+    Raises:
+        IntegrityError: if the file is missing, unreadable, or holds another architecture's weights.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(f"{path} cannot be read ({error}).") from error
+    expected = _unshared(model)
+    for name, tensor in expected.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise IntegrityError(
+                f"{path} is of another architecture: for {name} the model has {tuple(tensor.shape)}, "
+                f"the file {found}. Use the model settings of the run that wrote it (its config.yaml)."
+            )
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise IntegrityError(f"{path} is of another architecture: it holds {extra[0]}, which the model has not.")
+    model.load_state_dict(tensors, strict=False)  # what is left out shares storage with what is there
+
+
+def latest_checkpoint(parent: Path) -> Path | None:
+    """Return the `checkpoint-{step}` with the highest step that is whole, or None where there is none at all.
+
+    Damaged ones are passed over with a warning.
+
+    Raises:
+        IntegrityError: if there are checkpoints but every one is damaged.
+    """
+    found = [(int(match[1]), path) for path in parent.glob("checkpoint-*") if (match := _step_of(path))]
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_directory(path, digests=True)
+        except IntegrityError as error:
+            log.warning("Passing over a damaged checkpoint: %s", error)
+            continue
+        return path
+    if found:
+        raise IntegrityError(
+            f"All {len(found)} checkpoints in {parent} are damaged, so the run cannot be continued. "
+            "Remove that folder, or set overwrite=true, to start it afresh."
+        )
+    return None
+
+
+def _step_of(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+
+
+def _unshared(model: nn.Module) -> dict[str, Tensor]:
+    """Name to tensor, leaving out every name but the first of a shared tensor."""
+    seen: set[tuple[int, torch.Size]] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key in seen and tensor.numel() > 0:
+            continue
+        seen.add(key)
+        tensors[name] = tensor.detach().contiguous()
+    return tensors
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Turn a nested value into JSON, moving its tensors to `tensors` under their path."""
+    if isinstance(value, Tensor):
+        # A copy: safetensors refuses tensors that share memory.
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        # Pairs, because JSON would turn integer keys (an optimizer's) into strings.
+        return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {path or 'a value'} of type {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "list" in value:
+        return [_unpack(item, tensors) for item in value["list"]]
+    return {key: _unpack(item, tensors) for key, item in value["dict"]}

@@ -1,0 +1,111 @@
+"""Loaders of packed blocks whose order is a function of seed and epoch, so that any position can be returned to."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from kd.data.blocks import PackedBlocks
+from kd.errors import DataError
+
+
+class BatchOrder(Sampler[list[int]]):
+    """The batches of one epoch as lists of indexes into a data set."""
+
+    def __init__(self, num_blocks: int, batch_size: int, seed: int | None) -> None:
+        """Set up the order.
+
+        Args:
+            num_blocks: Length of the data set.
+            batch_size: Blocks per batch.
+            seed: Shuffles, and leaves out an incomplete last batch; None: in order, and keeps it.
+        """
+        self.num_blocks = num_blocks
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        """Return the batches of a whole epoch."""
+        if self.seed is None:
+            return -(-self.num_blocks // self.batch_size)
+        return self.num_blocks // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first, self.first_batch = self.first_batch, 0
+        order = self._order()
+        starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        return (order[start : start + self.batch_size].tolist() for start in starts)
+
+    def _order(self) -> "np.ndarray[tuple[int], np.dtype[np.int_]]":
+        if self.seed is None:
+            return np.arange(self.num_blocks)
+        # RandomState's stream is frozen for good: a run can be resumed under another version of numpy or torch.
+        return np.random.RandomState([self.seed, self.epoch]).permutation(self.num_blocks)
+
+
+class BlockLoader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader over packed blocks; made by `train_loader` and `eval_loader`.
+
+    Batches are `{"input_ids": (B, L), "labels": (B, L), "block_id": (B,)}`, int64. `len()` counts the batches of a
+    whole epoch. `batch_size` is None, as torch has it where the sampler makes the batches.
+    """
+
+    dataset: PackedBlocks
+
+    def __init__(self, dataset: PackedBlocks, order: BatchOrder, num_workers: int) -> None:
+        self.order = order
+        # A generator of its own: torch draws a seed per iteration, by default from the global one, and then
+        # looking at data would change dropout.
+        super().__init__(
+            dataset,
+            batch_size=None,
+            sampler=order,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """Make the next iteration yield the batches of `epoch` from `batch` on; the one after it starts at 0.
+
+        Raises:
+            ValueError: if a number is negative, or `batch` is beyond the end of the epoch.
+        """
+        if epoch < 0 or not 0 <= batch <= len(self):
+            raise ValueError(f"epoch {epoch}, batch {batch}: an epoch has {len(self)} batches.")
+        self.order.epoch = epoch
+        self.order.first_batch = batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def train_loader(dataset: PackedBlocks, batch_size: int, seed: int, num_workers: int = 0) -> BlockLoader:
+    """Return a loader that shuffles by seed and epoch and leaves out an incomplete last batch.
+
+    Args:
+        dataset: The training blocks.
+        batch_size: Blocks per batch.
+        seed: In [0, 2^32).
+        num_workers: Loading processes; 0: this one.
+
+    Raises:
+        DataError: if there are fewer blocks than one batch takes.
+    """
+    if len(dataset) < batch_size:
+        raise DataError(
+            f"There are {len(dataset)} training blocks, and one batch takes train.batch_size={batch_size}. Lower "
+            "train.batch_size or data.seq_len, or give more text (data.sample_size, data.max_train_blocks)."
+        )
+    return BlockLoader(dataset, BatchOrder(len(dataset), batch_size, seed), num_workers)
+
+
+def eval_loader(dataset: PackedBlocks, batch_size: int, num_workers: int = 0) -> BlockLoader:
+    """Return a loader that yields every block once, in order; the last batch may be smaller."""
+    return BlockLoader(dataset, BatchOrder(len(dataset), batch_size, None), num_workers)

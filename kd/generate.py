@@ -1,0 +1,52 @@
+"""Continue a prompt with a run's student: `python -m kd.generate RUN "prompt"`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kd.errors import KDError
+
+
+def main() -> None:
+    """Run the command line; exit with the code of what went wrong (see `kd.errors`)."""
+    arguments = _parser().parse_args()
+    try:
+        print(generate(arguments))
+    except KDError as error:
+        print(f"kd-generate: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def generate(arguments: argparse.Namespace) -> str:
+    """Return the prompt with its continuation."""
+    from kd.generation import GenerationConfig, TextGenerator  # here, so that --help does not wait for torch
+    from kd.student import load_student
+
+    settings = GenerationConfig(
+        strategy=arguments.strategy,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    student = load_student(Path(arguments.run))
+    prompt: str = arguments.prompt
+    return prompt + TextGenerator(student.model, student.tokenizer).generate(prompt, settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kd-generate", description="Continue a prompt with a run's student.")
+    parser.add_argument("run", help="a run's directory, outputs/<name>/<run>, or a checkpoint in it")
+    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("--strategy", default="top_p", help="greedy, top_k or top_p (default)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to generate (256)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature, > 0 (1)")
+    parser.add_argument("--top-k", type=int, default=50, help="tokens to draw from, for top_k (50)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="their joint probability, for top_p (0.9)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

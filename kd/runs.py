@@ -1,0 +1,285 @@
+"""A run on disk: its identity, directory, state, lock, history and result. No torch here.
+
+outputs/<name>/<settings>-<hash>/
+  config.yaml, .hydra/     the resolved configuration, and Hydra's own record
+  environment.json         versions, commit, and what the identity was made of
+  history.json             all measured series (strict JSON)
+  checkpoints/             checkpoint-{step}/
+  val_blocks.npy, test_blocks.npy, samples.txt, train.log
+  result.json              written last: the run is done
+"""
+
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kd.config import Config, TrainingConfig
+from kd.errors import IntegrityError, ResourceError, RunHeldError
+from kd.files import canonical_json, digest_of, file_digest, read_json, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+OUTPUTS = Path("outputs")
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core")
+NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval")
+COLUMNS = (
+    "train_step",
+    "train_loss",
+    "kl_loss",
+    "ce_loss",
+    "learning_rate",
+    "grad_norm",
+    "val_step",
+    "val_loss",
+    "val_ppl",
+    "val_kl",
+    "val_agreement",
+    "val_bits_per_byte",
+)
+"""Series that every history has, null where they cannot be known."""
+TOTALS = ("teacher_val_ppl", "tokens", "flops", "parameters")
+Number = float | int | None
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """The inputs of a run by content: SHA-256 digests, or a Hub commit."""
+
+    corpus: str
+    tokenizer: str
+    teacher: str | None
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What determines a run's result, and the name that follows from it."""
+
+    experiment: str
+    settings: str
+    content: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """First 8 hexadecimal digits of the content's SHA-256."""
+        return digest_of(self.content)[:8]
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory, relative to the working directory."""
+        return OUTPUTS / self.experiment / f"{self.settings}-{self.digest}"
+
+
+def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
+    """Return the identity of the run that a configuration and its inputs determine.
+
+    Device, threads, tracker, paths and the intervals of logging and saving do not enter. At `alpha=0`
+    neither temperature nor teacher do: there is one baseline.
+    """
+    train = {key: value for key, value in asdict(config.train).items() if key not in NOT_IN_IDENTITY}
+    teacher = fingerprints.teacher
+    settings = config.train.trainer
+    if isinstance(config.train, TrainingConfig):
+        settings = f"alpha{config.train.alpha:g}"
+        if config.train.alpha > 0:
+            settings += f"-temperature{config.train.temperature:g}"
+        else:
+            teacher = None
+            del train["temperature"]
+    content = {
+        "schema": SCHEMA_VERSION,
+        "trainer": config.train.trainer,
+        "model": asdict(config.model),
+        "train": train,
+        "seq_len": config.data.seq_len,
+        "max_train_blocks": config.data.max_train_blocks,
+        "seed": config.seed,
+        "corpus": fingerprints.corpus,
+        "tokenizer": fingerprints.tokenizer,
+        "teacher": teacher,
+        "init_from": fingerprints.init_from,
+    }
+    return RunIdentity(config.name, f"{settings}-seed{config.seed}", content)
+
+
+def check_outputs(experiment: str) -> None:
+    """Check that runs of an experiment can be written, without making anything.
+
+    Raises:
+        ResourceError: if a file stands in the way or a folder cannot be written.
+    """
+    for path in (OUTPUTS, OUTPUTS / experiment):
+        if path.exists() and not path.is_dir():
+            raise ResourceError(f"{path.absolute()} is a file, but runs need a folder there: move it away.")
+    existing = next(path for path in (OUTPUTS / experiment, OUTPUTS, Path.cwd()) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ResourceError(f"{existing.absolute()} cannot be written: change its permissions or work elsewhere.")
+
+
+@dataclass
+class History:
+    """Everything a run measures. Columns of `train` share `train_step`, those of `validation` share `val_step`."""
+
+    train: dict[str, list[Number]] = field(default_factory=dict)
+    validation: dict[str, list[Number]] = field(default_factory=dict)
+    totals: dict[str, Number] = field(default_factory=dict)
+    """Single values: tokens, flops, parameters, teacher_val_ppl, test_loss, ..."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Why a value is null, by key."""
+    timing: dict[str, Any] = field(default_factory=dict)
+    """All that a clock or the machine determines; equality of runs leaves it out."""
+
+    def append(self, columns: dict[str, list[Number]], row: dict[str, Number]) -> None:
+        """Add a row to `self.train` or `self.validation`; a value that is not finite becomes null with a note."""
+        for key, value in row.items():
+            columns.setdefault(key, []).append(self.finite(key, value))
+
+    def finite(self, key: str, value: Number) -> Number:
+        """Return the value, or None with a note where it is NaN or infinite (strict JSON has neither)."""
+        if value is None or math.isfinite(value):
+            return value
+        self.notes[key] = f"a value was {value}"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the history as one flat object; a column that is null throughout is null as a whole."""
+        columns: dict[str, Any] = dict.fromkeys(COLUMNS, None)
+        for key, values in (self.train | self.validation).items():
+            columns[key] = None if values and all(value is None for value in values) else values
+        flat = {"schema_version": SCHEMA_VERSION} | columns | dict.fromkeys(TOTALS, None) | self.totals
+        unknown = {key: "not measured in this run" for key, value in flat.items() if value is None}
+        return flat | {"notes": unknown | self.notes, "timing": self.timing}
+
+
+class Run:
+    """One run's directory and what may be done with it."""
+
+    def __init__(self, identity: RunIdentity) -> None:
+        self.identity = identity
+        self.directory = identity.directory
+
+    @property
+    def result_file(self) -> Path:
+        """`result.json`, whose presence says that the run is done."""
+        return self.directory / "result.json"
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the finished run's result, or None while the run is not done.
+
+        Raises:
+            IntegrityError: if the file is there but unreadable.
+        """
+        if not self.result_file.is_file():
+            return None
+        result = read_json(self.result_file)
+        if not isinstance(result, dict) or result.get("state") != "done":
+            raise IntegrityError(f"{self.result_file} is not a result. Set overwrite=true to do the run again.")
+        return result
+
+    def refuse_if_held(self) -> None:
+        """Raise RunHeldError if a live process holds the run; makes nothing."""
+        if self.directory.is_dir():
+            with self.hold():
+                pass
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Make the directory and hold it against other processes until the block ends.
+
+        Raises:
+            RunHeldError: if a live process holds it. The lock is the operating system's: it ends with its process.
+            ResourceError: if the directory cannot be made.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.directory / ".lock")
+            with lock.acquire(timeout=0):
+                yield
+        except Timeout as error:
+            raise RunHeldError(f"{self.directory} is being worked on by {self._holder()}: wait for it.") from error
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ResourceError(f"{self.directory.absolute()} cannot be made or written: {error}.") from error
+
+    def _holder(self) -> str:
+        try:
+            process = read_json(self.directory / "environment.json")["process"]
+        except (IntegrityError, KeyError):
+            return "another process"
+        return f"process {process['pid']} on {process['host']}"
+
+    def clear(self) -> None:
+        """Remove what an earlier attempt left, result first, so that a half-cleared run never counts as done."""
+        self.result_file.unlink(missing_ok=True)
+        for path in self.directory.iterdir():
+            if path.name == ".lock":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def write_configuration(self, files: dict[str, str], environment: dict[str, Any]) -> None:
+        """Write config.yaml and Hydra's files (by relative name) and environment.json; say what changed since."""
+        before = self.directory / "environment.json"
+        if before.is_file():
+            _warn_of_changes(read_json(before), environment)
+        for name, text in files.items():
+            path = self.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        write_json(before, environment)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Mark the run as done."""
+        write_json(self.result_file, {"state": "done", "run": self.directory.name, **result})
+
+
+def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in ("libraries", "code", "python"):
+        if canonical_json(before.get(key)) != canonical_json(now[key]):
+            log.warning("Continuing a run that was started with another %s: %s, now %s", key, before.get(key), now[key])
+
+
+def describe_environment(identity: RunIdentity, **inputs: Any) -> dict[str, Any]:
+    """Return what environment.json holds: versions, code, machine, process, identity and the given inputs."""
+    return {
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "code": _code_version(),
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "process": {"pid": os.getpid(), "host": socket.gethostname(), "arguments": sys.argv[1:]},
+        "identity": identity.content,
+        "inputs": inputs,
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _code_version() -> dict[str, str | None]:
+    package = Path(__file__).parent
+    digests = {str(path.relative_to(package)): file_digest(path) for path in sorted(package.rglob("*.py"))}
+    commit = None
+    if (package.parent / ".git").exists():
+        command = ["git", "-C", str(package.parent), "rev-parse", "HEAD"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = answer.stdout.strip() or None
+    return {"sha256": digest_of(digests), "commit": commit}

@@ -1,0 +1,73 @@
+"""Train a model: `python -m kd.train key=value ...`, or the console script `kd-train`.
+
+This door composes and checks the configuration, which needs no torch; `kd.job` does the work.
+"""
+
+import logging
+import os
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from kd.composition import conf_dir, explain, register_schemas, to_config
+from kd.errors import KDError
+
+FULL_ERRORS = "HYDRA_FULL_ERROR"
+
+
+def task(values: DictConfig) -> float:
+    """Do one run; return its final validation loss in nats per token (what a Hydra sweeper minimises)."""
+    config = to_config(values)
+    from kd.job import do_run  # here, so that --help and refusals do not wait for torch
+
+    return do_run(config, hydra_files(values))
+
+
+def hydra_files(values: DictConfig) -> dict[str, str]:
+    """Return the files that Hydra users expect in a run's directory, by relative name."""
+    settings = HydraConfig.get()
+    return {
+        "config.yaml": OmegaConf.to_yaml(values, resolve=True),
+        ".hydra/config.yaml": OmegaConf.to_yaml(values),
+        ".hydra/overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
+        ".hydra/hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": settings})),
+    }
+
+
+def _guarded_task(values: DictConfig) -> float:
+    """Like `task`; in a single run an error of the user's leaves here, before Hydra adds words to it."""
+    try:
+        return task(values)
+    except KDError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        sys.exit(_report(error))
+
+
+def main() -> None:
+    """Run the command line; exit with the code of what went wrong (see `--help`)."""
+    logging.captureWarnings(True)
+    # Hydra would print composition errors in its own words and exit with 1; so it raises them, and we print.
+    debugging = FULL_ERRORS in os.environ
+    os.environ[FULL_ERRORS] = "1"
+    try:
+        register_schemas()
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_guarded_task)()
+    except Exception as error:
+        ours = explain(error)
+        if debugging or ours is None:
+            raise
+        sys.exit(_report(ours))
+
+
+def _report(error: KDError) -> int:
+    sys.stdout.flush()
+    print(f"kd-train: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    main()

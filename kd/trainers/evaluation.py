@@ -1,0 +1,114 @@
+"""Scores of validation blocks, kept per block so that any subset and any statistic can be taken from them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.losses import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """Sums over the valid tokens of each block, at temperature 1. Each is a 1-D float64 tensor on the CPU.
+
+    The teacher's columns are None where no teacher was at hand.
+    """
+
+    tokens: Tensor
+    nll: Tensor
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+    teacher_nll: Tensor | None = None
+
+    def first(self, count: int) -> "BlockScores":
+        """Return the scores of the first `count` blocks."""
+        return join([self], lambda column: column[0][:count])
+
+    def mean(self, column: Tensor | None) -> float | None:
+        """Return a column's mean per token (nats for losses), None where it is unknown."""
+        return None if column is None else float(column.sum() / self.tokens.sum().clamp_min(1))
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return val_loss (nats per token), val_ppl, val_kl, val_agreement (share), teacher_val_ppl."""
+        loss = self.mean(self.nll)
+        assert loss is not None
+        teacher_loss = self.mean(self.teacher_nll)
+        return {
+            "val_loss": loss,
+            "val_ppl": perplexity(loss),
+            "val_kl": self.mean(self.kl),
+            "val_agreement": self.mean(self.agreement),
+            "teacher_val_ppl": None if teacher_loss is None else perplexity(teacher_loss),
+        }
+
+    def save(self, path: Path, document_ids: npt.NDArray[np.int64] | None) -> None:
+        """Write a structured array: document (int64, -1: unknown), tokens (int64), nll (float64, summed nats)."""
+        table = np.zeros(len(self.tokens), dtype=[("document", "<i8"), ("tokens", "<i8"), ("nll", "<f8")])
+        table["document"] = -1 if document_ids is None else document_ids
+        table["tokens"] = self.tokens.numpy()
+        table["nll"] = self.nll.numpy()
+        np.save(path, table, allow_pickle=False)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def join(parts: Sequence[BlockScores], how: Callable[[list[Tensor]], Tensor]) -> BlockScores:
+    """Join scores column by column: `torch.stack` for single blocks, `torch.cat` for batches of them."""
+
+    def column(values: list[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return how(known) if known else None
+
+    return BlockScores(
+        how([part.tokens for part in parts]),
+        how([part.nll for part in parts]),
+        column([part.kl for part in parts]),
+        column([part.agreement for part in parts]),
+        column([part.teacher_nll for part in parts]),
+    )
+
+
+@torch.no_grad()
+def score_logits(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> BlockScores:
+    """Score a batch of blocks.
+
+    Args:
+        student_logits, teacher_logits: (B, L, V); the teacher's may be None.
+        labels: (B, L) next-token targets, -100 ignored.
+    """
+    rows = []
+    for row in range(labels.size(0)):  # a block at a time: float32 copies of a whole batch's logits are too large
+        valid = labels[row] != IGNORE_INDEX
+        teacher = None if teacher_logits is None else teacher_logits[row][valid]
+        rows.append(_score_tokens(student_logits[row][valid], teacher, labels[row][valid]))
+    return join(rows, lambda column: torch.stack(column).cpu())
+
+
+def _score_tokens(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> BlockScores:
+    """Sums over tokens; what `token_nll`, `token_kl` and `token_agreement` give, with each log-softmax taken once."""
+    count = torch.tensor(labels.numel(), dtype=torch.float64, device=labels.device)
+    student = F.log_softmax(student_logits.float(), dim=-1)
+    nll = -student.gather(-1, labels.unsqueeze(-1)).double().sum()
+    if teacher_logits is None:
+        return BlockScores(count, nll)
+    teacher = F.log_softmax(teacher_logits.float(), dim=-1)
+    probabilities = teacher.exp()
+    # 0 * (-inf - x) is NaN, where the limit of p log p is 0.
+    log_ratio = (teacher - student).masked_fill_(probabilities == 0, 0.0)
+    return BlockScores(
+        count,
+        nll,
+        kl=torch.einsum("tv,tv->t", probabilities, log_ratio).double().sum(),
+        agreement=(student.argmax(-1) == teacher.argmax(-1)).double().sum(),
+        teacher_nll=-teacher.gather(-1, labels.unsqueeze(-1)).double().sum(),
+    )

@@ -1,0 +1,208 @@
+"""What a trainer holds at a step: model, optimizer, position, history; and how that is saved and restored."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sized
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from kd.checkpoint import load_state, load_weights, save_checkpoint
+from kd.config import TrainerConfig
+from kd.distributed import get_rank, get_world_size, is_distributed
+from kd.files import write_json
+from kd.model import StudentModel, forward_flops_per_token, num_parameters
+from kd.optim import configure_optimizer, cosine_schedule
+from kd.runs import History
+from kd.trainers.evaluation import BlockScores
+from kd.trainers.machine import peak_memory_bytes, restore_rng, rng_state
+from kd.trainers.meter import Meter
+from kd.trainers.stop import StopSignal
+
+log = logging.getLogger("kd")
+
+Batch = dict[str, Tensor]
+"""`input_ids` and `labels` (B, L) int64, `block_id` (B,); labels are next-token targets, -100 is ignored."""
+C = TypeVar("C", bound=TrainerConfig)
+
+
+class TrainerState(Generic[C]):
+    """The state of a training run, apart from the loop that moves it on (see `BaseTrainer` for the arguments)."""
+
+    config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
+    loss_terms: tuple[str, ...] = ()
+    """Terms that `_compute_loss` reports; each is a column of the history."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        train_loader: Iterable[Batch] | None = None,
+        val_loader: Iterable[Batch] | None = None,
+        *,
+        lr_scheduler: LRScheduler | None = None,
+        config: C | None = None,
+        device: torch.device | str | None = None,
+        run_dir: Path | None = None,
+    ) -> None:
+        self.config: C = config if config is not None else self.config_class()  # type: ignore[assignment]
+        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self.model = model.to(self.device)
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.run_dir = run_dir
+        self.use_ddp = is_distributed() and get_world_size() > 1
+        self.is_main = get_rank() == 0
+        self.total_steps = self._count_steps()
+        self.optimizer = optimizer or configure_optimizer(
+            self.model, "adamw", lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+        )
+        self.lr_scheduler = lr_scheduler or cosine_schedule(
+            self.optimizer, self.config.warmup_steps, max(self.total_steps, 1)
+        )
+
+        self.state = "initialized"
+        self.step = 0
+        self.epoch = 0
+        self.batch_in_epoch = 0
+        self.current_loss: float | None = None
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+        self.final_scores: BlockScores | None = None
+        self.history = History()
+        self.stop = StopSignal()
+        self._bad_steps = 0
+        self._meter = Meter(("loss", "grad_norm", *self.loss_terms))
+        self._pending_rng: dict[str, Any] | None = None
+        self._learning_rate = self.config.learning_rate
+        self._wall_before = 0.0
+        self._started = time.monotonic()
+
+    def _get_extra_config_info(self) -> dict[str, Any]:
+        """Return further lines for the settings that are logged at the start."""
+        return {}
+
+    def _get_extra_checkpoint_state(self) -> dict[str, Any] | None:
+        """Return further state for checkpoints (nested dicts, lists, numbers, tensors)."""
+        return None
+
+    def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Restore what `_get_extra_checkpoint_state` returned."""
+
+    def _flops_per_token(self) -> float:
+        """Return the training FLOPs of one token: forward and backward of the trained model (3 forward passes)."""
+        if isinstance(self.model, StudentModel):
+            return 3 * forward_flops_per_token(self.model.config, self.model.config.max_seq_len)
+        return 6.0 * num_parameters(self.model)
+
+    def _count_steps(self) -> int:
+        if self.train_loader is None:
+            return 0
+        windows = math.ceil(_length(self.train_loader) / self.config.gradient_accumulation_steps)
+        steps = windows * self.config.num_epochs
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write a checkpoint directory: weights, optimizer, scheduler, position, losses, config, RNG, history."""
+        before, self.state = self.state, "checkpointing"
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "epoch": self.epoch,
+            "batch_in_epoch": self.batch_in_epoch,
+            "step": self.step,
+            "current_loss": self.current_loss,
+            "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
+            "config": asdict(self.config),
+            "rng": rng_state(),
+            "meter": self._meter.state_dict(),
+            "bad_steps": self._bad_steps,
+            "history": asdict(self.history),
+            "wall_seconds": self._wall_seconds(),
+            "extra": self._get_extra_checkpoint_state(),
+        }
+        save_checkpoint(Path(path), self.model, state)
+        self.state = before
+
+    def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
+        """Restore what `save_checkpoint` wrote; with `weights_only` the model's weights alone.
+
+        Raises:
+            IntegrityError: if the checkpoint is damaged or of another architecture.
+        """
+        directory = Path(path)
+        load_weights(directory, self.model)
+        if weights_only:
+            return
+        state = load_state(directory)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        self.config = type(self.config)(**state["config"])
+        self.total_steps = self._count_steps()
+        self.epoch, self.batch_in_epoch, self.step = state["epoch"], state["batch_in_epoch"], state["step"]
+        self.current_loss = state["current_loss"]
+        self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
+        self.history = History(**state["history"])
+        self._meter.load_state_dict(state["meter"], self.device)
+        self._bad_steps = state["bad_steps"]
+        self._wall_before = state["wall_seconds"]
+        self._pending_rng = state["rng"]
+        if state["extra"] is not None:
+            self._load_extra_checkpoint_state(state["extra"])
+
+    def _restore_pending_rng(self) -> None:
+        # Only now: opening a foreign loader may draw random numbers.
+        if self._pending_rng is not None:
+            restore_rng(self._pending_rng)
+            self._pending_rng = None
+
+    def _save(self) -> None:
+        root = Path() if self.run_dir is None else self.run_dir
+        self.save_checkpoint(root / self.config.checkpoint_dir / f"checkpoint-{self.step}")
+
+    # --- records -------------------------------------------------------------------------------------------------
+
+    def _wall_seconds(self) -> float:
+        return self._wall_before + time.monotonic() - self._started
+
+    def _write_history(self) -> None:
+        totals = self.history.totals
+        totals["tokens"] = self._meter.tokens
+        totals["flops"] = self._meter.tokens * self._flops_per_token()
+        totals["parameters"] = num_parameters(self.model)
+        self.history.timing["wall_seconds"] = round(self._wall_seconds(), 3)
+        self.history.timing["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        if self.run_dir is not None:
+            write_json(self.run_dir / "history.json", self.history.to_json())
+
+    def _announce(self) -> None:
+        settings = {
+            "parameters": f"{num_parameters(self.model):,}",
+            "device": self.device,
+            "steps": self.total_steps,
+            "batch": f"{self.config.batch_size} x {self.config.gradient_accumulation_steps}",
+            **self._get_extra_config_info(),
+        }
+        log.info("%s: %s", type(self).__name__, ", ".join(f"{key} {value}" for key, value in settings.items()))
+        if self.config.warmup_steps > self.total_steps:
+            log.warning(
+                "train.warmup_steps=%d exceeds the %d steps of this run: the learning rate only reaches %.0f %% of %g",
+                self.config.warmup_steps,
+                self.total_steps,
+                100 * self.total_steps / self.config.warmup_steps,
+                self.config.learning_rate,
+            )
+
+
+def _length(loader: Iterable[Batch]) -> int:
+    if not isinstance(loader, Sized):
+        raise ValueError(f"the train_loader ({type(loader).__name__}) has no length; give one with __len__")
+    return len(loader)

@@ -1,0 +1,48 @@
+"""A polite end: a signal asks, the training loop answers at the next point where everything is whole."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from kd.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignal:
+    """Remembers that the process was asked to stop. One object serves all trainers of a process."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._listeners = 0
+
+    def request(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002 - a handler's signature
+        """Ask for a stop; a signal handler.
+
+        Raises:
+            Interrupted: at once, if no training loop listens or this is the second request.
+        """
+        again = self.signum is not None
+        self.signum = signum
+        if again or not self._listeners:
+            raise Interrupted("Stopped. The same command goes on from what is saved.", signum)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the block runs, a first request waits for the block to notice `signum`."""
+        self._listeners += 1
+        try:
+            yield
+        finally:
+            self._listeners -= 1
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle SIGTERM and SIGINT while the block runs; only in the main thread."""
+        before = {number: signal.signal(number, self.request) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Tests of kd.data; a package, because its conftest shares its name with the one above."""

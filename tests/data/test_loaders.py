@@ -1,0 +1,98 @@
+"""Loaders: the order of blocks, returning to a position, and leaving the global generator alone."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd.data import BlockLoader, PackedBlocks, build_blocks, eval_loader, train_loader
+from kd.errors import DataError
+
+from .conftest import MakeCorpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="module")
+def blocks(byte_tokenizer: "PreTrainedTokenizerFast", make_corpus: MakeCorpus) -> PackedBlocks:
+    corpus = make_corpus({"train": [f"document {i} " * 5 for i in range(20)]})
+    store: Path = build_blocks(corpus, byte_tokenizer, "bytes", 16)
+    return PackedBlocks(store, "train", max_blocks=50)
+
+
+def _ids(loader: BlockLoader) -> list[list[int]]:
+    return [batch["block_id"].tolist() for batch in loader]
+
+
+def _epoch(blocks: PackedBlocks, seed: int, epoch: int) -> list[list[int]]:
+    loader = train_loader(blocks, 8, seed)
+    loader.set_position(epoch)
+    return _ids(loader)
+
+
+def test_an_epoch_is_a_shuffle_without_repetition(blocks: PackedBlocks) -> None:
+    batches = _epoch(blocks, 0, 0)
+    flat = [block for batch in batches for block in batch]
+    assert [len(batch) for batch in batches] == [8] * 6
+    assert len(train_loader(blocks, 8, 0)) == 6
+    assert len(set(flat)) == 48
+    assert set(flat) <= set(blocks.block_ids.tolist())
+    assert flat != sorted(flat)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(blocks: PackedBlocks) -> None:
+    torch.manual_seed(1)
+    first = _epoch(blocks, 3, 2)
+    torch.manual_seed(2)
+    assert _epoch(blocks, 3, 2) == first
+    orders = [_epoch(blocks, seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_a_position_gives_the_remaining_batches_and_is_then_forgotten(blocks: PackedBlocks) -> None:
+    whole = _epoch(blocks, 0, 1)
+    loader = train_loader(blocks, 8, 0)
+    loader.set_position(1, 4)
+    assert _ids(loader) == whole[4:]
+    assert _ids(loader) == whole
+    loader.set_position(1, 6)
+    assert _ids(loader) == []
+
+
+def test_batches_carry_blocks(blocks: PackedBlocks) -> None:
+    batch: dict[str, Tensor] = next(iter(train_loader(blocks, 8, 0)))
+    position = {block: index for index, block in enumerate(blocks.block_ids.tolist())}
+    expected = blocks[[position[block] for block in batch["block_id"].tolist()]]
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert batch["labels"].shape == (8, 16)
+
+
+def test_evaluation_takes_every_block_in_order(blocks: PackedBlocks) -> None:
+    loader = eval_loader(blocks, 8)
+    batches = _ids(loader)
+    assert [len(batch) for batch in batches] == [8] * 6 + [2]
+    assert len(loader) == 7
+    assert [block for batch in batches for block in batch] == blocks.block_ids.tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_iterating_leaves_the_global_generator_alone(num_workers: int, blocks: PackedBlocks) -> None:
+    before = torch.get_rng_state()
+    trained, evaluated = train_loader(blocks, 8, 0, num_workers), eval_loader(blocks, 8, num_workers)
+    assert _ids(trained) == _epoch(blocks, 0, 0)
+    assert len(_ids(evaluated)) == 7
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_less_than_one_batch_is_refused(blocks: PackedBlocks) -> None:
+    with pytest.raises(DataError, match=r"50 training blocks.*train\.batch_size=51"):
+        train_loader(blocks, 51, 0)
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(-1, 0), (0, -1), (0, 7)])
+def test_an_impossible_position_is_refused(epoch: int, batch: int, blocks: PackedBlocks) -> None:
+    with pytest.raises(ValueError, match="6 batches"):
+        train_loader(blocks, 8, 0).set_position(epoch, batch)
