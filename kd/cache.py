@@ -83,7 +83,10 @@ def _forget(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.rmtree(target.with_name(f"{target.name}.partial"), ignore_errors=True)
     target.with_name(f"{target.name}.lock").unlink(missing_ok=True)
-    for folder in (target.parent, cache_root(), cache_root().parent):
+    folders = [target.parent, cache_root()]
+    if not os.environ.get("KD_CACHE"):
+        folders.append(cache_root().parent)  # outputs/; the parent of a folder of one's own choice is not ours
+    for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
@@ -100,7 +103,7 @@ def _build(target: Path, build: Callable[[Path], None], describe: str) -> None:
     work = target.with_name(f"{target.name}.partial")
     if (made := _made.get()) is not None:
         made.append(target)
-    logger.info("building %s (%s)", describe, "going on" if work.exists() else "new")
+    logger.info("%s %s", "Continuing to build" if work.exists() else "Building", describe)
     work.mkdir(exist_ok=True)
     # A killed builder leaves half-written temporary files; the seal would publish them.
     for stale in sorted(work.rglob(".*.tmp")):

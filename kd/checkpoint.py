@@ -142,11 +142,12 @@ def _unshared(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Turn a nested value into JSON, moving its tensors to `tensors` under their path."""
+    """Turn a nested value into JSON, moving its tensors to `tensors` under a number and their path."""
     if isinstance(value, Tensor):
+        name = f"{len(tensors)}{path}"  # numbered, because keys may hold a slash, or differ in type only
         # A copy: safetensors refuses tensors that share memory.
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return {"tensor": path}
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
     if isinstance(value, dict):
         # Pairs, because JSON would turn integer keys (an optimizer's) into strings.
         return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}

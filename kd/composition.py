@@ -41,6 +41,9 @@ SCHEMAS: dict[str, type] = {
 }
 """Name under which a YAML file in conf/ lists its class (`/schema/<name>@_here_`)."""
 
+NOT_AN_OPTION = "Config group override must be a string"
+"""How Hydra begins its plain ValueError for `teacher=null` or `model=7`."""
+
 
 def conf_dir() -> str:
     """Return the absolute path of `conf/`: the checkout's, or the copy inside an installed wheel."""
@@ -87,7 +90,8 @@ def to_config(values: DictConfig) -> Config:
         key = error.full_key
         raise ConfigError(f"{key} must be given and was not: add {key}=... to the command.") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     return config
 
@@ -101,7 +105,7 @@ def _refuse_unknown_keys(node: DictConfig, prefix: str) -> None:
         if key not in known:
             raise ConfigError(_unknown_key(f"{prefix}{key}", known, prefix))
         child = node._get_node(key)
-        if isinstance(child, DictConfig):
+        if isinstance(child, DictConfig) and not child._is_missing():
             _refuse_unknown_keys(child, f"{prefix}{key}.")
 
 
@@ -119,6 +123,8 @@ def explain(error: Exception) -> KDError | None:
         return ConfigError(_explain_composition(error))
     if isinstance(error.__cause__, OmegaConfBaseException):
         return ConfigError(_explain_composition(error))
+    if isinstance(error, ValueError) and str(error).startswith(NOT_AN_OPTION):
+        return ConfigError(f"{error}. A group takes the name of an option, like teacher=none; see --help.")
     return None
 
 

@@ -16,6 +16,7 @@ MISSING = "???"
 """OmegaConf's mark for a value that must be given."""
 
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+SMALLEST_BPE = 257
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -173,9 +174,8 @@ class DataConfig:
     """What every corpus needs: tokenizer, block length, split."""
 
     tokenizer: str = "teacher"
-    """`teacher`: the teacher's own; `bpe`: byte-level BPE trained on the training part; else a path or Hub id."""
-    bpe_vocab_size: int = 4096
-    """Vocabulary of a BPE trained here (`tokenizer=bpe`, or the embedded teacher's)."""
+    """`teacher`: the teacher's own; `bpe`: byte-level BPE of model.vocab_size tokens, trained on the training part, as
+    the embedded teacher's is; else a path or Hub id."""
     seq_len: int = 512
     """Inputs (and targets) per block, in tokens."""
     sample_size: int | None = 50_000_000
@@ -186,14 +186,14 @@ class DataConfig:
     """Share of documents for the test part, scored once, at the end."""
     max_train_blocks: int | None = None
     """Train on this many blocks, spread evenly over the training part; null: all."""
+    max_eval_blocks: int | None = None
+    """Validate, and test, on this many blocks, spread evenly over their parts; null: all."""
     num_workers: int = 0
     """Processes that load batches; 0: the training process itself."""
 
     def __post_init__(self) -> None:
         _require(bool(self.tokenizer), "data.tokenizer", "''", "use teacher, bpe, a path or a Hub id")
-        _require_positive("data", self, "seq_len", "sample_size", "max_train_blocks")
-        smallest = 257  # the 256 bytes and the end-of-text token
-        _require(self.bpe_vocab_size >= smallest, "data.bpe_vocab_size", self.bpe_vocab_size, f"at least {smallest}")
+        _require_positive("data", self, "seq_len", "sample_size", "max_train_blocks", "max_eval_blocks")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it must be 0 or more")
         _require(0 < self.val_ratio < 1, "data.val_ratio", self.val_ratio, "it must be in (0, 1)")
         _require(0 <= self.test_ratio < 1, "data.test_ratio", self.test_ratio, "it must be in [0, 1)")
@@ -263,7 +263,7 @@ class EmbeddedTeacherConfig(TeacherConfig):
 class HubTeacherConfig(TeacherConfig):
     """A causal language model of the Hugging Face Hub, or a local directory in the same format."""
 
-    model_id: str = "Qwen/Qwen2.5-0.5B"
+    model_id: str = MISSING
     """Hub id or local directory, as for `from_pretrained`."""
     revision: str | None = None
     """Branch, tag or commit; null: the default branch."""
@@ -340,6 +340,12 @@ class Config:
                 "Set data.tokenizer=bpe, or to a path or Hub id."
             )
         teacher = self.teacher
+        trains_bpe = self.data.tokenizer == "bpe" or isinstance(teacher, EmbeddedTeacherConfig)
+        if trains_bpe and self.model.vocab_size < SMALLEST_BPE:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size} is too small for a byte-level BPE, which needs the 256 "
+                f"bytes and an end-of-text token: set model.vocab_size={SMALLEST_BPE} or more."
+            )
         if not isinstance(teacher, EmbeddedTeacherConfig):
             return
         if self.data.tokenizer not in ("teacher", "bpe"):
@@ -347,12 +353,11 @@ class Config:
                 f"data.tokenizer={self.data.tokenizer} with teacher=embedded: that teacher is trained with a "
                 "BPE of its own. Set data.tokenizer=teacher."
             )
-        for key, size in (("model", self.model.vocab_size), ("teacher.model", teacher.model.vocab_size)):
-            if size != self.data.bpe_vocab_size:
-                raise ConfigError(
-                    f"{key}.vocab_size={size}, but the embedded teacher's tokenizer has "
-                    f"data.bpe_vocab_size={self.data.bpe_vocab_size}: set {key}.vocab_size={self.data.bpe_vocab_size}."
-                )
+        if teacher.model.vocab_size != self.model.vocab_size:
+            raise ConfigError(
+                f"teacher.model.vocab_size={teacher.model.vocab_size}, but model.vocab_size={self.model.vocab_size}: "
+                "their logits are compared column by column, so set both to the same."
+            )
         if self.data.seq_len > teacher.model.max_seq_len:
             raise ConfigError(
                 f"data.seq_len={self.data.seq_len} is longer than teacher.model.max_seq_len="

@@ -117,15 +117,23 @@ def check_directory(directory: Path, *, digests: bool = False) -> None:
     Raises:
         IntegrityError: naming the first file that is missing, has another size or another digest.
     """
-    manifest = read_json(directory / MANIFEST)
-    for name, expected in manifest["files"].items():
+    for name, size, digest in _read_manifest(directory):
         path = directory / name
         if not path.is_file():
             raise IntegrityError(f"{path} is missing. Remove {directory} to have it made again.")
-        if path.stat().st_size != expected["bytes"]:
+        if path.stat().st_size != size:
             raise IntegrityError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}. "
+                f"{path} has {path.stat().st_size} bytes, its manifest says {size}. "
                 f"Remove {directory} to have it made again."
             )
-        if digests and file_digest(path) != expected["sha256"]:
+        if digests and file_digest(path) != digest:
             raise IntegrityError(f"{path} is not what was written (SHA-256 differs). Remove {directory}.")
+
+
+def _read_manifest(directory: Path) -> list[tuple[str, int, str]]:
+    """Return name, bytes and SHA-256 of each file."""
+    manifest = read_json(directory / MANIFEST)
+    try:
+        return [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    except (AttributeError, KeyError, TypeError) as error:  # JSON still, but not what was written
+        raise IntegrityError(f"{directory / MANIFEST} is damaged ({error!r}). Remove {directory}.") from error

@@ -9,16 +9,20 @@ from kd.errors import KDError
 
 def main() -> None:
     """Run the command line; exit with the code of what went wrong (see `kd.errors`)."""
-    arguments = _parser().parse_args()
     try:
-        print(generate(arguments))
+        print(generate(sys.argv[1:]))
     except KDError as error:
         print(f"kd-generate: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def generate(arguments: argparse.Namespace) -> str:
-    """Return the prompt with its continuation."""
+def generate(command_line: list[str]) -> str:
+    """Return the prompt of a command line with its continuation.
+
+    Raises:
+        KDError: of the kind that fits, if a value is wrong or the run cannot be read.
+    """
+    arguments = _parser().parse_args(command_line)
     from kd.generation import GenerationConfig, TextGenerator  # here, so that --help does not wait for torch
     from kd.student import load_student
 

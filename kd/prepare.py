@@ -212,8 +212,8 @@ def _load_teacher(plan: Plan, blocks: Path, stop: StopSignal) -> LiveTeacher | N
 def _find_tokenizer(config: Config, teacher: PretrainedTeacher | None, corpus: Corpus) -> TokenizerSource:
     name = config.data.tokenizer
     if name == "bpe" or (name == "teacher" and isinstance(config.teacher, EmbeddedTeacherConfig)):
-        _check_bpe_teacher(config, teacher)
-        return TokenizerSource(bpe_fingerprint(corpus, config.data.bpe_vocab_size))
+        _check_bpe_teacher(teacher)
+        return TokenizerSource(bpe_fingerprint(corpus, config.model.vocab_size))
     if name == "teacher":
         assert teacher is not None
         return _teacher_tokenizer(teacher)
@@ -232,16 +232,11 @@ def _teacher_tokenizer(teacher: PretrainedTeacher) -> TokenizerSource:
     return TokenizerSource(fingerprint, teacher.model_id, teacher.revision, teacher.gguf_file)
 
 
-def _check_bpe_teacher(config: Config, teacher: PretrainedTeacher | None) -> None:
+def _check_bpe_teacher(teacher: PretrainedTeacher | None) -> None:
     if teacher is not None:
         raise ConfigError(
             f"data.tokenizer=bpe with the teacher {teacher.model_id}: its logits are over its own vocabulary. "
             "Set data.tokenizer=teacher."
-        )
-    if config.data.bpe_vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"data.bpe_vocab_size={config.data.bpe_vocab_size} is more than "
-            f"model.vocab_size={config.model.vocab_size}: set model.vocab_size={config.data.bpe_vocab_size}."
         )
 
 
@@ -259,7 +254,7 @@ def _check_same_vocabulary(tokenizer: "PreTrainedTokenizerFast", teacher: Pretra
 def _place_tokenizer(plan: Plan) -> TokenizerSource:
     if plan.tokenizer.location is not None:
         return plan.tokenizer
-    directory = bpe_tokenizer_directory(plan.corpus, plan.config.data.bpe_vocab_size)
+    directory = bpe_tokenizer_directory(plan.corpus, plan.config.model.vocab_size)
     return TokenizerSource(plan.tokenizer.fingerprint, str(directory))
 
 
@@ -288,13 +283,14 @@ def _check_blocks_fit(config: Config, corpus: Corpus) -> None:
 
 def _open_loaders(config: Config, blocks: Path) -> tuple[BlockLoader, BlockLoader, BlockLoader | None]:
     size, workers = config.train.batch_size, config.data.num_workers
+    limit = config.data.max_eval_blocks
     training = PackedBlocks(blocks, "train", config.data.max_train_blocks)
     test = None
     if config.data.test_ratio > 0:
-        test = eval_loader(PackedBlocks(blocks, "test"), size, workers)
+        test = eval_loader(PackedBlocks(blocks, "test", limit), size, workers)
     return (
         train_loader(training, size, config.seed, workers),
-        eval_loader(PackedBlocks(blocks, "validation"), size, workers),
+        eval_loader(PackedBlocks(blocks, "validation", limit), size, workers),
         test,
     )
 

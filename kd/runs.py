@@ -96,7 +96,7 @@ def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
     if isinstance(config.train, TrainingConfig):
         settings = f"alpha{config.train.alpha:g}"
         if config.train.alpha > 0:
-            settings += f"-temperature{config.train.temperature:g}"
+            settings += f"-temperature{config.train.temperature:g}".replace("+", "")  # of 1e+06: names have no plus
         else:
             teacher = None
             del train["temperature"]
@@ -107,6 +107,7 @@ def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
         "train": train,
         "seq_len": config.data.seq_len,
         "max_train_blocks": config.data.max_train_blocks,
+        "max_eval_blocks": config.data.max_eval_blocks,
         "seed": config.seed,
         "corpus": fingerprints.corpus,
         "tokenizer": fingerprints.tokenizer,

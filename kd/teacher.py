@@ -1,12 +1,14 @@
 """The teacher: where its files are, how it is loaded and frozen, and the interface that trainers see."""
 
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kd.config import HubTeacherConfig, LocalTeacherConfig
@@ -94,21 +96,37 @@ def load_teacher_model(
             pickles, and no code of the model's repository is run.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_id,
             revision=revision or "main",
             gguf_file=gguf_file,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _load_errors() as error:
         raise DataError(_cannot_load(model_id, revision, gguf_file, error)) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # the library would make them up at random
+        raise DataError(
+            f"The teacher {model_id} lacks {len(missing)} weights, like {missing[0]}: its files are damaged."
+        )
     model.config.use_cache = False  # a teacher only ever sees whole blocks
     teacher: nn.Module = freeze(model).to(device)
     return teacher
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What the libraries raise for files that are missing, damaged, or of other shapes than config.json says."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError
 
 
 def _cannot_load(model_id: str, revision: str | None, gguf_file: str | None, error: Exception) -> str:
@@ -181,7 +199,7 @@ def _describe(
         # **-style keyword, because from_pretrained takes a missing gguf_file only by its absence.
         named = {"gguf_file": gguf_file} if gguf_file else {}
         config = AutoConfig.from_pretrained(model_id, revision=revision or "main", trust_remote_code=False, **named)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _load_errors() as error:
         raise DataError(_cannot_load(model_id, revision, gguf_file, error)) from error
     text = config.get_text_config()
     fields = text.to_dict()
@@ -218,7 +236,14 @@ def _locate_on_hub(model_id: str, revision: str | None) -> tuple[str, str]:
     """Where to load a Hub model from, and its commit: the Hub's word if it can be reached, else the local cache's."""
     from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        raise DataError(
+            f"teacher.model_id={model_id} is neither a directory nor a Hub id: {one_line(error)}"
+        ) from error
     reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
     try:
         if hub_is_reachable():
@@ -229,10 +254,6 @@ def _locate_on_hub(model_id: str, revision: str | None) -> tuple[str, str]:
         reason = f"the Hub answers: {one_line(error)}"
     try:
         cached = hf_hub_download(model_id, "config.json", revision=revision, local_files_only=True)
-    except HFValidationError as error:
-        raise DataError(
-            f"teacher.model_id={model_id} is neither a directory nor a Hub id: {one_line(error)}"
-        ) from error
     except LocalEntryNotFoundError as error:
         raise DataError(
             f"teacher.model_id={model_id} is not in the local cache, and {reason}. Fetch it where there is a network: "

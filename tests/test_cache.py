@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import kd.cache
-from kd.cache import cache_root, cached_directory
-from kd.errors import DataError, IntegrityError, ResourceError
+from kd.cache import all_or_nothing, cache_root, cached_directory
+from kd.errors import ConfigError, DataError, IntegrityError, Interrupted, ResourceError
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -156,3 +156,81 @@ def test_the_folder_is_under_outputs_unless_it_is_moved(tmp_path: Path, monkeypa
     monkeypatch.delenv("KD_CACHE")
     monkeypatch.chdir(tmp_path)
     assert cache_root() == tmp_path / "outputs" / ".cache"
+
+
+# --- all or nothing -----------------------------------------------------------------------------------------------
+
+
+def _build_two_then_raise(error: BaseException) -> None:
+    with all_or_nothing():
+        cached_directory("things", "one", _write_hello, "a thing")
+        cached_directory("others", "two", _write_hello, "another thing")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ConfigError("no"), DataError("no")], ids=["config", "data"])
+def test_what_a_refused_command_built_is_removed_again(root: Path, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        _build_two_then_raise(error)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [Interrupted("stop"), ResourceError("full"), KeyboardInterrupt(), RuntimeError("bug")]
+)
+def test_what_was_built_before_any_other_end_is_kept(root: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        _build_two_then_raise(error)
+    for name in ("things/one", "others/two"):
+        assert (root / name / "hello.txt").read_text() == "hello"
+
+
+def test_what_was_there_before_is_kept(root: Path) -> None:
+    cached_directory("things", "old", _write_hello, "an old thing")
+    cached_directory("things", "one", _write_hello, "a thing")
+    with pytest.raises(DataError):
+        _build_two_then_raise(DataError("no"))
+    assert sorted(path.name for path in root.iterdir()) == ["things"]
+    assert cached_directory("things", "old", _never, "an old thing") == root / "things" / "old"
+    assert cached_directory("things", "one", _never, "a thing") == root / "things" / "one"
+
+
+def test_a_half_built_entry_is_removed_too(root: Path) -> None:
+    def build(work: Path) -> None:
+        (work / "shard-0").write_text("zero")
+        raise DataError("too short")
+
+    with pytest.raises(DataError, match="too short"), all_or_nothing():
+        cached_directory("things", "key", build, "a thing")
+    assert not root.exists()
+
+
+def test_outside_the_block_nothing_is_removed(root: Path) -> None:
+    with all_or_nothing():
+        cached_directory("things", "one", _write_hello, "a thing")
+    with pytest.raises(DataError), all_or_nothing():
+        raise DataError("no")
+    assert cached_directory("things", "one", _never, "a thing") == root / "things" / "one"
+
+
+def test_a_folder_that_is_not_ours_stays(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        _build_two_then_raise(DataError("no"))
+    assert tmp_path.is_dir()  # empty, but KD_CACHE lies in it by the user's choice
+
+
+def test_an_outputs_folder_made_for_the_cache_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KD_CACHE")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError):
+        _build_two_then_raise(DataError("no"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_outputs_folder_with_runs_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KD_CACHE")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "default").mkdir(parents=True)
+    with pytest.raises(DataError):
+        _build_two_then_raise(DataError("no"))
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["default"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kd.cache import cached_directory
 from kd.data.corpora import TRAIN, Corpus
 from kd.data.hub_access import hub_is_reachable, one_line
-from kd.errors import DataError
+from kd.errors import DataError, Interrupted
 from kd.files import digest_of, file_digest
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast
     reached = backend.get_vocab_size()
     if reached != vocab_size:
         raise DataError(
-            f"data.bpe_vocab_size={vocab_size}, but the training text gives {reached} tokens only. Give more text, "
-            f"or set data.bpe_vocab_size={reached} (and the model's vocab_size with it)."
+            f"model.vocab_size={vocab_size}, but the training text gives a BPE of {reached} tokens only. Give more "
+            f"text, or set model.vocab_size={reached}."
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)  # type: ignore[no-untyped-call]
 
@@ -104,6 +104,8 @@ def load_tokenizer(
             trust_remote_code=False,
             local_files_only=offline,
         )
+    except Interrupted:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception on a broken file
         way_out = _fetch_hint(path_or_id, revision) if offline else "Give a directory or Hub id that holds one."
         raise DataError(f"The tokenizer of {path_or_id} cannot be loaded: {one_line(error)} {way_out}") from error

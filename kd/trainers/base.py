@@ -167,8 +167,10 @@ class BaseTrainer(TrainerState[C], ABC):
         return {"loss": loss.detach(), **terms}
 
     def _optimizer_step(self) -> None:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if torch.isfinite(norm):
+            # Not before: clipping by a NaN norm would spread it to all gradients and hide where it began.
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.gradient_clip, norm)
             self.optimizer.step()
             self._meter.add({"grad_norm": norm.detach()}, weight=torch.ones_like(norm))
             self._bad_steps = 0
@@ -181,7 +183,9 @@ class BaseTrainer(TrainerState[C], ABC):
     def _warn_not_finite(self) -> None:
         self._bad_steps += 1
         name = first_nonfinite_gradient(self.model)
-        terms = ", ".join(f"{key} {value:g}" for key, value in self._meter.latest().items())
+        latest = self._meter.latest()
+        latest.pop("grad_norm", None)  # an earlier step's
+        terms = ", ".join(f"{key} {value:g}" for key, value in latest.items())
         log.warning(
             "step %d: gradients are not finite (%s; first bad parameter: %s); the step is not taken",
             self.step + 1,

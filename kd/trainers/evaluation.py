@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses import IGNORE_INDEX
+from kd.losses import IGNORE_INDEX, token_agreement
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def score_logits(student_logits: Tensor, teacher_logits: Tensor | None, labels: 
 
 
 def _score_tokens(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> BlockScores:
-    """Sums over tokens; what `token_nll`, `token_kl` and `token_agreement` give, with each log-softmax taken once."""
+    """Sums over tokens; what `token_nll` and `token_kl` give, with each log-softmax taken once."""
     count = torch.tensor(labels.numel(), dtype=torch.float64, device=labels.device)
     student = F.log_softmax(student_logits.float(), dim=-1)
     nll = -student.gather(-1, labels.unsqueeze(-1)).double().sum()
@@ -109,6 +109,6 @@ def _score_tokens(student_logits: Tensor, teacher_logits: Tensor | None, labels:
         count,
         nll,
         kl=torch.einsum("tv,tv->t", probabilities, log_ratio).double().sum(),
-        agreement=(student.argmax(-1) == teacher.argmax(-1)).double().sum(),
+        agreement=token_agreement(student_logits, teacher_logits).double().sum(),
         teacher_nll=-teacher.gather(-1, labels.unsqueeze(-1)).double().sum(),
     )

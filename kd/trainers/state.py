@@ -181,6 +181,7 @@ class TrainerState(Generic[C]):
         self.history.timing["wall_seconds"] = round(self._wall_seconds(), 3)
         self.history.timing["peak_memory_bytes"] = peak_memory_bytes(self.device)
         if self.run_dir is not None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.run_dir / "history.json", self.history.to_json())
 
     def _announce(self) -> None:

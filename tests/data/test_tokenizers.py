@@ -60,7 +60,7 @@ def test_any_text_is_encoded_without_loss(text: str, byte_tokenizer: "PreTrained
 
 
 def test_too_little_text_for_the_vocabulary_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data\.bpe_vocab_size=4096.*data\.bpe_vocab_size=\d+"):
+    with pytest.raises(DataError, match=r"model\.vocab_size=4096.*model\.vocab_size=\d+"):
         train_bpe(["short"], 4096)
 
 

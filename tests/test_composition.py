@@ -1,0 +1,249 @@
+"""Every YAML file on disk composes into a checked configuration, and what a user mistypes is a named ConfigError."""
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from kd.composition import conf_dir, explain, register_schemas, to_config
+from kd.config import (
+    Config,
+    EmbeddedTeacherConfig,
+    HubDataConfig,
+    HubTeacherConfig,
+    LocalTeacherConfig,
+    ModelConfig,
+    PretrainConfig,
+    StdlibDataConfig,
+    TeacherConfig,
+    TextDataConfig,
+    TrainingConfig,
+)
+from kd.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+HELP = (CONF / "hydra/help/kd.yaml").read_text()
+GROUPS = ("model", "train", "data", "teacher")
+OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2]
+CLASSES: dict[tuple[str, str], type] = {
+    ("train", "quick"): TrainingConfig,
+    ("train", "distill"): TrainingConfig,
+    ("train", "pretrain"): PretrainConfig,
+    ("data", "stdlib"): StdlibDataConfig,
+    ("data", "text"): TextDataConfig,
+    ("data", "hub"): HubDataConfig,
+    ("data", "wiki_zh"): HubDataConfig,
+    ("teacher", "embedded"): EmbeddedTeacherConfig,
+    ("teacher", "hub"): HubTeacherConfig,
+    ("teacher", "qwen2_5_0_5b"): HubTeacherConfig,
+    ("teacher", "local"): LocalTeacherConfig,
+    ("teacher", "none"): TeacherConfig,
+}
+COMPANIONS = {
+    # A pretrained teacher's vocabulary is known only later, so any model goes with one.
+    "model": ["teacher=qwen2_5_0_5b"],
+    "data": ["model=student_120m", "teacher=qwen2_5_0_5b"],
+    "teacher": ["data.tokenizer=bpe", "train.alpha=0"],
+}
+
+
+def composed(*overrides: str, with_hydra: bool = False) -> DictConfig:
+    """Return what Hydra makes of a command line."""
+    register_schemas()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
+
+
+def config_of(*overrides: str) -> Config:
+    """Return a command line's configuration, or raise as the entry point would."""
+    try:
+        return to_config(composed(*overrides))
+    except Exception as error:
+        ours = explain(error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def required_values(path: Path, prefix: str) -> list[str]:
+    """Return overrides for what a file leaves to be given."""
+    values = OmegaConf.load(CONF / path)
+    assert isinstance(values, DictConfig)
+    return [f"{prefix}.{key}=given" for key in map(str, values) if OmegaConf.is_missing(values, key)]
+
+
+# --- every file -------------------------------------------------------------------------------------------------
+
+
+def test_every_file_is_known_to_these_tests() -> None:
+    known = {Path(group, f"{option}.yaml") for group, option in OPTIONS}
+    known |= {Path("config.yaml"), Path("hydra/help/kd.yaml"), Path("hydra/job_logging/kd.yaml")}
+    assert set(FILES) == known
+    assert {group for group, _ in OPTIONS} == {*GROUPS, "experiment", "sweep", "debug"}
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in GROUPS])
+def test_a_group_option_gives_its_checked_class(group: str, option: str) -> None:
+    given = required_values(Path(group, f"{option}.yaml"), group)
+    config = config_of(f"{group}={option}", *COMPANIONS.get(group, []), *given)
+    expected = ModelConfig if group == "model" else CLASSES[group, option]
+    assert type(getattr(config, group)) is expected
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] not in GROUPS])
+def test_an_experiment_a_sweep_or_a_debug_option_composes(group: str, option: str) -> None:
+    assert isinstance(config_of(f"{group}={option}"), Config)
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "sweep"])
+def test_every_point_of_a_sweep_composes(option: str) -> None:
+    params = composed(f"sweep={option}", with_hydra=True).hydra.sweeper.params
+    columns = [[f"{key}={value}" for value in str(values).split(",")] for key, values in params.items()]
+    points = list(itertools.product(*columns))
+    assert len(points) > 1
+    values = composed()
+    for point in points:
+        to_config(OmegaConf.merge(values, OmegaConf.from_dotlist(list(point))))  # type: ignore[arg-type]
+
+
+def test_the_sweep_is_the_specified_grid() -> None:
+    hydra = composed("sweep=alpha_temperature", with_hydra=True).hydra
+    assert hydra.mode.name == "MULTIRUN"
+    assert dict(hydra.sweeper.params) == {"train.alpha": "0,0.3,0.5,0.7,1", "train.temperature": "1,2,4"}
+
+
+def test_hydra_uses_our_help_and_logging_and_keeps_out_of_the_run() -> None:
+    hydra = composed(with_hydra=True).hydra
+    assert hydra.runtime.choices["hydra/help"] == "kd"
+    assert hydra.runtime.choices["hydra/job_logging"] == "kd"
+    assert hydra.job_logging.root.handlers == ["console"]
+    assert hydra.output_subdir is None
+    assert hydra.run.dir == "."
+
+
+def test_the_default_is_the_embedded_job() -> None:
+    config = config_of()
+    assert type(config.train) is TrainingConfig
+    assert type(config.data) is StdlibDataConfig
+    assert type(config.teacher) is EmbeddedTeacherConfig
+    assert type(config.teacher.model) is ModelConfig
+    assert type(config.teacher.train) is PretrainConfig
+    assert (config.name, config.seed, config.device, config.threads) == ("default", 0, "auto", None)
+    assert (config.init_from, config.overwrite, config.tracker) == (None, False, "none")
+
+
+def test_the_experiment_is_the_specified_job() -> None:
+    config = config_of("experiment=qwen_wiki_zh")
+    assert config.model == ModelConfig()
+    assert config.train == TrainingConfig()
+    assert config.data == HubDataConfig(path="wikimedia/wikipedia", name="20231101.zh")
+    assert config.teacher == HubTeacherConfig(model_id="Qwen/Qwen2.5-0.5B", dtype="auto")
+    assert config.name == "qwen_wiki_zh"
+
+
+def test_values_of_the_command_line_win_and_are_typed() -> None:
+    config = config_of("train.alpha=1", "train.temperature=4", "experiment=qwen_wiki_zh", "data.seq_len=64", "seed=7")
+    assert isinstance(config.train, TrainingConfig)
+    assert isinstance(config.train.alpha, float)
+    assert (config.train.alpha, config.train.temperature) == (1.0, 4.0)
+    assert (config.data.seq_len, config.seed) == (64, 7)
+
+
+# --- what a user mistypes ---------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "misspelt key": (["train.alpa=1"], ["train.alpa ", "train.alpha?"]),
+    "misspelt key with +": (["+train.alpa=1"], ["train.alpa ", "train.alpha?"]),
+    "misspelt key with ++": (["++train.alpa=1"], ["train.alpa ", "train.alpha?"]),
+    "misspelt group": (["modle=tiny"], ["modle ", "model?"]),
+    "misspelt nested key": (["teacher.model.hidden=8"], ["teacher.model.hidden ", "hidden_size"]),
+    "misspelt nested key with +": (["+teacher.model.hidden=8"], ["teacher.model.hidden ", "hidden_size"]),
+    "unknown root key": (["+extra.deep=1"], ["extra "]),
+    "another trainer's knob": (["train=pretrain", "train.alpha=1"], ["train.alpha "]),
+    "another corpus's key": (["data.path=x"], ["data.path "]),
+    "word for an integer": (["train.batch_size=many"], ["train.batch_size", "many", "Integer"]),
+    "fraction for an integer": (["train.batch_size=2.5"], ["train.batch_size", "2.5", "Integer"]),
+    "word for a number": (["train.alpha=half"], ["train.alpha", "half", "Float"]),
+    "boolean for a number": (["train.alpha=true"], ["train.alpha", "Float"]),
+    "null for a number": (["train.alpha=null"], ["train.alpha"]),
+    "list for a number": (["seed=[1]"], ["seed", "Integer"]),
+    "word for a boolean": (["overwrite=maybe"], ["overwrite", "maybe"]),
+    "unknown interpolation": (["name=${nothing}"], ["name", "nothing"]),
+    "missing text path": (["data=text"], ["data.path"]),
+    "missing data set": (["data=hub"], ["data.path"]),
+    "missing teacher directory": (["teacher=local"], ["teacher.path"]),
+    "missing teacher id": (["teacher=hub"], ["teacher.model_id"]),
+    "deleted group": (["~train"], ["train "]),
+    "unknown model": (["model=huge"], ["model/huge", "tiny", "student_120m"]),
+    "unknown trainer": (["train=ppo"], ["train/ppo", "distill", "pretrain"]),
+    "unknown experiment": (["experiment=none_such"], ["experiment/none_such", "qwen_wiki_zh"]),
+    "null for a group": (["teacher=null"], ["group", "NoneType"]),
+    "number for a group": (["model=7"], ["group", "int"]),
+    "several values": (["train.alpha=0,1"], ["train.alpha", "--multirun"]),
+    "no value": (["train.alpha"], ["train.alpha", "EQUAL"]),
+    "out of range": (["train.alpha=2"], ["train.alpha=2"]),
+    "out of range, nested": (["teacher.train.batch_size=0"], ["train.batch_size=0"]),
+}
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_mistake_is_a_config_error_that_names_the_key(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(*overrides)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert caught.value.exit_code == 2
+    assert "\n" not in message
+
+
+def test_a_fault_of_the_code_is_not_explained_away() -> None:
+    assert explain(ValueError("shapes differ")) is None
+    assert explain(KeyError("x")) is None
+
+
+def test_our_own_errors_stay_as_they_are() -> None:
+    error = ConfigError("x")
+    assert explain(error) is error
+
+
+# --- around composition -----------------------------------------------------------------------------------------
+
+
+def test_the_help_names_every_option_on_disk() -> None:
+    listed = HELP.partition("Groups (choose with group=option):")[2].partition("\n\n")[0]
+    named = {
+        (line.split()[0], option.strip())
+        for line in listed.splitlines()
+        if line.strip()
+        for option in line.split(maxsplit=1)[1].split("|")
+    }
+    assert named == set(OPTIONS)
+
+
+def test_the_keys_that_the_help_sets_exist() -> None:
+    commands = [line for line in HELP.splitlines() if "train.max_steps=" in line or "data.path=" in line]
+    keys = set(re.findall(r"(?<![\w.])((?:train|data|teacher|model)\.\w+)=", "\n".join(commands)))
+    assert {"train.max_steps", "data.path", "data.name"} <= keys
+    known = {f"train.{key}" for key in composed().train} | {f"data.{key}" for key in composed("data=hub").data}
+    assert keys <= known
+
+
+def test_composition_and_checks_import_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from hydra import compose, initialize_config_dir\n"
+        "from kd.composition import conf_dir, register_schemas, to_config\n"
+        "register_schemas()\n"
+        "with initialize_config_dir(conf_dir(), version_base='1.3'):\n"
+        "    print(to_config(compose('config')).train.trainer)\n"
+        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout == "distillation\n[]\n"

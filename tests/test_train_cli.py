@@ -1,0 +1,332 @@
+"""`python -m kd.train` as a user sees it: real processes, exit codes, files, kills."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import kd.generate
+from kd.errors import ConfigError, DataError, KDError
+from kd.files import check_directory
+from tests.commands import REPOSITORY, TINY, Outcome, only_run, run, start, strict_json
+
+SERIES = ("train_loss", "kl_loss", "ce_loss", "learning_rate", "grad_norm")
+VAL_SERIES = ("val_loss", "val_ppl", "val_kl", "val_agreement", "val_bits_per_byte")
+TOTALS = ("teacher_val_ppl", "test_loss", "test_ppl", "tokens", "flops", "parameters")
+RUN_NAME = re.compile(r"alpha0\.5-temperature2-seed0-[0-9a-f]{8}")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one tiny run, and its cache with tokenizer, blocks and teacher; made once."""
+    folder = tmp_path_factory.mktemp("prepared")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        outcome = run(*TINY, KD_CACHE=str(folder / "cache"))
+    finally:
+        os.chdir(before)
+    assert outcome.code == 0, outcome.errors
+    return folder
+
+
+@pytest.fixture
+def cache(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that cache of this test's own."""
+    shutil.copytree(prepared / "cache", tmp_path / "warm")
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "warm"))
+    return tmp_path / "warm"
+
+
+@pytest.fixture
+def finished(prepared: Path, cache: Path) -> Path:
+    """The directory of a copy of that run, with its cache."""
+    assert cache.is_dir()
+    shutil.copytree(prepared / "outputs", "outputs")
+    environment = only_run() / "environment.json"
+    environment.write_text(environment.read_text().replace(str(prepared / "cache"), str(cache)))
+    return only_run()
+
+
+def weights(directory: Path, step: int) -> dict[str, np.ndarray]:
+    return {
+        name: tensor.numpy()
+        for name, tensor in load_file(directory / "checkpoints" / f"checkpoint-{step}" / "model.safetensors").items()
+    }
+
+
+def assert_same_run(first: Path, second: Path, step: int) -> None:
+    ours, theirs = weights(first, step), weights(second, step)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    histories = [strict_json(path / "history.json") for path in (first, second)]
+    for history in histories:
+        del history["timing"]
+    assert histories[0] == histories[1]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def test_a_run_writes_what_the_specification_lists(finished: Path) -> None:
+    directory = finished
+    assert RUN_NAME.fullmatch(directory.name)
+    for name in ("config.yaml", "result.json", "environment.json", "samples.txt", "train.log", "val_blocks.npy"):
+        assert (directory / name).stat().st_size > 0, name
+    for name in ("config.yaml", "overrides.yaml", "hydra.yaml"):
+        assert (directory / ".hydra" / name).is_file()
+    history = strict_json(directory / "history.json")
+    assert {len(history[name]) for name in SERIES} == {len(history["train_step"])} == {3}
+    assert {len(history[name]) for name in VAL_SERIES} == {len(history["val_step"])} == {2}
+    assert all(isinstance(history[name], int | float) for name in TOTALS)
+    assert {"tokens_per_second", "wall_seconds", "peak_memory_bytes"} <= history["timing"].keys()
+    assert history["val_ppl"] == pytest.approx([np.exp(loss) for loss in history["val_loss"]])
+    result = strict_json(directory / "result.json")
+    assert result["state"] == "done"
+    assert result["val_loss"] == history["val_loss"][-1]
+    for part in ("val", "test"):
+        table = np.load(directory / f"{part}_blocks.npy", allow_pickle=False)
+        mean = table["nll"].sum() / table["tokens"].sum()
+        assert mean == pytest.approx(history["val_loss"][-1] if part == "val" else history["test_loss"])
+    check_directory(directory / "checkpoints" / "checkpoint-6", digests=True)
+    assert not [path for path in directory.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pickle")]
+    assert {path.name for path in Path("outputs").iterdir()} == {"debug"}
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_finished_run_is_skipped_and_nothing_changes() -> None:
+    before = contents(Path("outputs"))
+    outcome = run(*TINY, "device=cpu", "train.log_interval=1", "threads=2")
+    assert outcome.code == 0
+    assert "Already done" in outcome.output
+    assert contents(Path("outputs")) == before
+    assert run(*TINY, "overwrite=true").code == 0
+    assert contents(Path("outputs")).keys() == before.keys()
+    assert contents(Path("outputs")) != before
+
+
+@pytest.mark.usefixtures("cache")
+def test_alpha_zero_is_one_baseline_for_all_temperatures() -> None:
+    assert run(*TINY, "train.alpha=0", "train.temperature=4").code == 0
+    outcome = run(*TINY, "train.alpha=0", "train.temperature=1")
+    assert "Already done" in outcome.output
+    assert only_run().name.startswith("alpha0-seed0-")
+    history = strict_json(only_run() / "history.json")
+    assert history["kl_loss"] is None
+    assert "alpha=0" in history["notes"]["kl_loss"]
+    assert history["val_kl"] is not None
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_run_stopped_half_way_ends_like_an_unstopped_one(signum: signal.Signals, tmp_path: Path) -> None:
+    longer = (*TINY, "train.max_steps=60", "train.num_epochs=20", "train.save_interval=4", "model.dropout=0.1")
+    longer = (*longer, "train.log_interval=7", "train.eval_interval=25", "train.gradient_accumulation_steps=2")
+    assert run(*longer, "name=whole").code == 0
+    process = start(*longer, "name=cut")
+    stop_at = wait_for_step(tmp_path / "outputs" / "cut", 12)
+    os.killpg(process.pid, signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), errors
+    assert not (stop_at / "result.json").exists()
+    outcome = run(*longer, "name=cut")
+    assert outcome.code == 0, outcome.errors
+    assert "Continuing from" in outcome.output
+    assert_same_run(only_run("whole"), only_run("cut"), 60)
+
+
+def wait_for_step(experiment: Path, step: int) -> Path:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        for path in experiment.glob("*/checkpoints/checkpoint-*"):
+            if int(path.name.rpartition("-")[2]) >= step:
+                return path.parents[1]
+        time.sleep(0.005)
+    raise AssertionError(f"no checkpoint of step {step} appeared")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_live_run_is_refused_to_a_second_process(tmp_path: Path) -> None:
+    longer = (*TINY, "train.max_steps=100000", "train.num_epochs=100000", "train.save_interval=50")
+    process = start(*longer)
+    wait_for_step(tmp_path / "outputs" / "debug", 50)
+    outcome = run(*longer)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert outcome.code == 3
+    assert f"process {process.pid}" in outcome.errors
+
+
+def test_a_killed_teacher_training_goes_on(tmp_path: Path) -> None:
+    slow_teacher = (*TINY, "teacher.train.max_steps=400", "teacher.train.save_interval=20")
+    process = start(*slow_teacher)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "cache").glob("teachers/*.partial/checkpoints/checkpoint-40")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    outcome = run(*slow_teacher)
+    assert outcome.code == 0, outcome.errors
+    first_line = next(line for line in outcome.output.splitlines() if re.search(r"step \d+/400", line))
+    assert "step 100/400" in first_line
+    assert not list((tmp_path / "cache").glob("teachers/*.partial"))
+
+
+BAD_VALUES = {
+    ("train.alpha=1.5",): (2, "train.alpha=1.5", "[0, 1]"),
+    ("train.alpha=nan",): (2, "train.alpha=nan", "[0, 1]"),
+    ("train.temperature=0",): (2, "train.temperature=0", "greater than 0"),
+    ("model.hidden_size=64", "model.num_heads=7"): (2, "model.num_heads=7", "divisible"),
+    ("train.alpa=0.5",): (2, "train.alpa", "train.alpha"),
+    ("+train.typo=1",): (2, "train.typo", "Known there"),
+    ("train.batch_size=abc",): (2, "train.batch_size", "abc"),
+    ("teacher=nope",): (2, "teacher", "embedded"),
+    ("device=cuda:99",): (2, "device=cuda:99", "device=cpu"),
+    ("data=text", "data.path=missing"): (4, "data.path=missing", "Give a file"),
+    ("data=text", "data.path=empty"): (4, "data.path=empty", "empty"),
+    ("data=text", "data.path=short"): (4, "data.seq_len=128", "more text"),
+    ("data=text", "data.path=one-block", "model.vocab_size=260", "train.batch_size=999"): (
+        4,
+        "train.batch_size=999",
+        "Lower",
+    ),
+    ("teacher=local", "teacher.path=missing"): (4, "teacher.path=missing", "directory"),
+    ("teacher=hub", "teacher.model_id=nobody/nothing"): (4, "nobody/nothing", "hf download nobody/nothing"),
+    ("data=hub", "data.path=nobody/nothing"): (4, "nobody/nothing", "load_dataset"),
+    ("data.tokenizer=nobody/nothing", "teacher=none", "train.alpha=0"): (4, "nobody/nothing", "hf download"),
+    ("teacher.model.vocab_size=5000",): (2, "teacher.model.vocab_size=5000", "model.vocab_size=4096"),
+    ("model.vocab_size=100",): (2, "model.vocab_size=100", "model.vocab_size=257"),
+    ("init_from=missing",): (4, "missing", "outputs/<name>/<run>"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    texts = {"empty": " \n", "short": "A few words.", "one-block": "def f(x):\n    return x\n" * 120}
+    for name, text in texts.items():
+        (folder / name).mkdir()
+        for number in range(4):
+            (folder / name / f"{number}.txt").write_text(text if name == "empty" else f"{text} {number}")
+    return folder
+
+
+@pytest.mark.parametrize("overrides", BAD_VALUES, ids=" ".join)
+def test_bad_input_is_refused(overrides: tuple[str, ...], bad_corpora: Path) -> None:
+    code, named, way_out = BAD_VALUES[overrides]
+    os.chdir(bad_corpora)
+    started = time.monotonic()
+    outcome = run(*overrides, KD_CACHE="")
+    check_refusal(outcome, code, named, way_out)
+    assert time.monotonic() - started < 10
+    assert sorted(path.name for path in bad_corpora.iterdir()) == ["empty", "one-block", "short"]
+
+
+def check_refusal(outcome: Outcome, code: int, named: str, way_out: str) -> None:
+    assert outcome.code == code, outcome.errors
+    assert named in outcome.errors
+    assert way_out in outcome.errors
+    assert "Traceback" not in outcome.errors
+    assert "HYDRA_FULL_ERROR" not in outcome.errors
+
+
+def test_a_file_in_place_of_the_output_folder() -> None:
+    Path("outputs").write_text("mine")
+    check_refusal(run(*TINY), 7, "outputs", "move it away")
+    assert Path("outputs").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_damaged_checkpoint_is_passed_over() -> None:
+    longer = (*TINY, "train.max_steps=40", "train.num_epochs=10", "train.save_interval=5")
+    assert run(*longer, "name=whole").code == 0
+    shutil.copytree("outputs/whole", "outputs/cut")
+    cut = only_run("cut")
+    (cut / "result.json").unlink()
+    for step in (40, 35):
+        file = cut / "checkpoints" / f"checkpoint-{step}" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    outcome = run(*longer, "name=cut")
+    assert outcome.code == 0, outcome.errors
+    assert "checkpoint-30" in outcome.output
+    assert "damaged" in outcome.output
+    assert_same_run(only_run("whole"), cut, 40)
+
+
+@pytest.mark.usefixtures("cache")
+def test_pretraining_and_init_from() -> None:
+    assert run(*TINY, "train=pretrain", "train.max_steps=5", "train.log_interval=1").code == 0
+    first = only_run()
+    assert first.name.startswith("pretrain-seed0-")
+    assert strict_json(first / "history.json")["kl_loss"] is None
+    outcome = run(*TINY, f"init_from={first}", "name=second", "train.alpha=0", "train.log_interval=1")
+    assert outcome.code == 0, outcome.errors
+    history = strict_json(only_run("second") / "history.json")
+    assert history["train_loss"][0] < strict_json(first / "history.json")["train_loss"][0] - 0.01
+
+
+def test_generate_continues_a_prompt(finished: Path) -> None:
+    outcome = run(str(finished), "def f(", "--max-new-tokens", "12", module="kd.generate")
+    assert outcome.code == 0, outcome.errors
+    assert outcome.output.startswith("def f(")
+    assert len(outcome.output) > len("def f(\n")
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "top_k", "top_p"])
+def test_each_strategy_repeats_itself(finished: Path, strategy: str) -> None:
+    options = ["--strategy", strategy, "--max-new-tokens", "12", "--seed", "3"]
+    first, second = (kd.generate.generate([str(finished), "def f(", *options]) for _ in range(2))
+    assert first == second
+    assert first.startswith("def f(")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        (("outputs/none", "x"), DataError, "outputs/<name>/<run>"),
+        (("outputs/debug", "x", "--top-p", "2"), ConfigError, "top_p=2"),
+    ],
+)
+def test_generate_refuses(arguments: tuple[str, ...], error: type[KDError], named: str) -> None:
+    with pytest.raises(error, match=named):
+        kd.generate.generate(list(arguments))
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_sweep_returns_every_point() -> None:
+    outcome = run("-m", *TINY, "train.alpha=0,1")
+    assert outcome.code == 0, outcome.errors
+    names = sorted(path.name.rpartition("-")[0] for path in Path("outputs/debug").iterdir())
+    assert names == ["alpha0-seed0", "alpha1-temperature2-seed0"]
+
+
+def test_help_and_the_configuration_print_without_torch() -> None:
+    help_text = run("--help")
+    assert help_text.code == 0
+    assert "train.alpha" in help_text.output
+    shown = run("--cfg", "job", "train.alpha=0.25")
+    assert shown.code == 0
+    assert "alpha: 0.25" in shown.output
+    probe = (
+        "import sys; sys.argv = ['kd.train', '--help']\n"
+        "import kd.train\n"
+        "try:\n    kd.train.main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, cwd=REPOSITORY, capture_output=True)
