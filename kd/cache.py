@@ -26,7 +26,7 @@ POLL_SECONDS = 0.2
 _made: ContextVar[list[Path] | None] = ContextVar("made", default=None)
 """Entries built inside `all_or_nothing`."""
 
-_RESOURCE_ERRNOS = frozenset(
+RESOURCE_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 )
 
@@ -146,7 +146,7 @@ def _resource_errors(target: Path, describe: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _RESOURCE_ERRNOS:
+        if error.errno not in RESOURCE_ERRNOS:
             raise
         raise ResourceError(
             f"{describe} cannot be kept in {target}: {error}. Free the space or the permission, or set the "

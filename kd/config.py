@@ -160,6 +160,8 @@ class TrainingConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # From Python, 4 and 4.0 must be one run.
+        self.alpha, self.temperature = float(self.alpha), float(self.temperature)
         _require(0 <= self.alpha <= 1, "train.alpha", self.alpha, "it must be in [0, 1]")
         _require(
             math.isfinite(self.temperature) and self.temperature > 0,

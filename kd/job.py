@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from kd.cache import RESOURCE_ERRNOS
 from kd.checkpoint import latest_checkpoint
 from kd.config import Config, PretrainConfig, TrainingConfig
+from kd.errors import ResourceError
 from kd.files import write_text
 from kd.generation import GenerationConfig, TextGenerator
 from kd.prepare import Parts, Plan, build_parts, make_plan
@@ -21,6 +23,7 @@ from kd.trainers.stop import StopSignal
 log = logging.getLogger("kd")
 
 AnyTrainer = DistillationTrainer | PretrainTrainer
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 NUM_SAMPLES = 3
 PROMPT_TOKENS = 16
 SAMPLE_TOKENS = 64
@@ -42,7 +45,7 @@ def do_run(config: Config, files: dict[str, str]) -> float:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     stop = StopSignal()
-    with stop.installed():
+    with stop.installed(), _resources_named(config):
         plan = make_plan(config)
         run = Run(plan.identity)
         result = None if config.overwrite else run.result()
@@ -60,6 +63,8 @@ def _train(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> dic
     with run.hold():
         if plan.config.overwrite:
             run.clear()
+        elif (result := run.result()) is not None:  # another process finished it while the parts were built
+            return result
         source = parts.tokenizer_source
         run.write_configuration(files, describe_environment(plan.identity, tokenizer=asdict(source)))
         with _logged_to(run.directory / "train.log"):
@@ -171,6 +176,31 @@ def _announce(run: Run, result: dict[str, Any]) -> None:
     )
     log.info("Run: %s", run.directory)
     log.info('Try it: python -m kd.generate %s "prompt"', run.directory)
+
+
+@contextmanager
+def _resources_named(config: Config) -> Iterator[None]:
+    """Turn what the machine lacks - memory, disk, a permission - into a ResourceError with the way out."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(_out_of_memory(config, error)) from error
+    except RuntimeError as error:
+        if CPU_ALLOCATOR not in str(error):  # torch has no class of its own for the CPU
+            raise
+        raise ResourceError(_out_of_memory(config, error)) from error
+    except OSError as error:
+        if error.errno not in RESOURCE_ERRNOS:
+            raise
+        raise ResourceError(f"{error}. Free the space or the permission; the same command then continues.") from error
+
+
+def _out_of_memory(config: Config, error: Exception) -> str:
+    return (
+        f"Out of memory with train.batch_size={config.train.batch_size} and data.seq_len={config.data.seq_len} "
+        f"({str(error).splitlines()[0] if str(error) else 'no details'}). Lower train.batch_size and raise "
+        "train.gradient_accumulation_steps to match: the result is the same."
+    )
 
 
 @contextmanager

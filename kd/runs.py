@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from kd.config import Config, TrainingConfig
 from kd.errors import IntegrityError, ResourceError, RunHeldError
@@ -205,15 +205,22 @@ class Run:
             RunHeldError: if a live process holds it. The lock is the operating system's: it ends with its process.
             ResourceError: if the directory cannot be made.
         """
+        lock = self._acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _acquire(self) -> BaseFileLock:
+        lock = FileLock(self.directory / ".lock")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.directory / ".lock")
-            with lock.acquire(timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except Timeout as error:
             raise RunHeldError(f"{self.directory} is being worked on by {self._holder()}: wait for it.") from error
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
             raise ResourceError(f"{self.directory.absolute()} cannot be made or written: {error}.") from error
+        return lock
 
     def _holder(self) -> str:
         try:

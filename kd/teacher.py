@@ -252,6 +252,8 @@ def _locate_on_hub(model_id: str, revision: str | None) -> tuple[str, str]:
             return model_id, commit
     except HfHubHTTPError as error:
         reason = f"the Hub answers: {one_line(error)}"
+    except Exception as error:  # a connection that breaks: its types change with the client's HTTP library
+        reason = f"the Hub cannot be reached: {one_line(error)}"
     try:
         cached = hf_hub_download(model_id, "config.json", revision=revision, local_files_only=True)
     except LocalEntryNotFoundError as error:

@@ -10,23 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.config import ModelConfig
 from kd.errors import ConfigError
 from kd.generation import GenerationConfig, TextGenerator, keep_top_k, keep_top_p
 from kd.model import StudentModel
+from tests.llama import make_llama
 
 CONFIG = ModelConfig(
     hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, vocab_size=26, max_seq_len=16
-)
-LLAMA_NAMES = (
-    ("embedding.", "model.embed_tokens."),
-    ("layers.", "model.layers."),
-    ("attention_norm.", "input_layernorm."),
-    ("ffn_norm.", "post_attention_layernorm."),
-    ("attention.", "self_attn."),
-    ("ffn.", "mlp."),
 )
 PROMPT = torch.tensor([[3, 14, 15, 9, 2]])
 
@@ -70,34 +62,6 @@ def greedy_without_cache(model: StudentModel, context: list[int], num_tokens: in
         window.append(token)
         new_tokens.append(token)
     return new_tokens
-
-
-def make_llama(student: StudentModel) -> LlamaForCausalLM:
-    """Return Hugging Face's network with the student's weights."""
-    llama: LlamaForCausalLM = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=CONFIG.hidden_size,
-            num_hidden_layers=CONFIG.num_layers,
-            num_attention_heads=CONFIG.num_heads,
-            num_key_value_heads=CONFIG.num_kv_heads,
-            intermediate_size=CONFIG.intermediate_size,
-            vocab_size=CONFIG.vocab_size,
-            max_position_embeddings=CONFIG.max_seq_len,
-            rms_norm_eps=CONFIG.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-    llama.train(False)
-    weights = {}
-    for name, weight in student.state_dict().items():
-        for ours, theirs in LLAMA_NAMES:
-            name = name.replace(ours, theirs)
-        weights[f"model.{name}" if name.startswith("norm.") else name] = weight
-    llama.load_state_dict(weights)
-    return llama
 
 
 @pytest.mark.parametrize("seed", range(4))

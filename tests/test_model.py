@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.config import ModelConfig
 from kd.losses import causal_lm_loss
@@ -20,6 +19,7 @@ from kd.model import (
     forward_flops_per_token,
     num_parameters,
 )
+from tests.llama import llama_name, make_llama
 
 BATCH, LENGTH = 3, 20
 CONFIG = ModelConfig(
@@ -32,14 +32,6 @@ CONFIG = ModelConfig(
     max_seq_len=24,
     rope_theta=10000.0,
 )
-LLAMA_NAMES = (
-    ("embedding.", "model.embed_tokens."),
-    ("layers.", "model.layers."),
-    ("attention_norm.", "input_layernorm."),
-    ("ffn_norm.", "post_attention_layernorm."),
-    ("attention.", "self_attn."),
-    ("ffn.", "mlp."),
-)
 
 
 def make_student(config: ModelConfig = CONFIG) -> StudentModel:
@@ -50,35 +42,6 @@ def make_student(config: ModelConfig = CONFIG) -> StudentModel:
         for weight in student.parameters():
             weight.copy_(torch.randn_like(weight) * 0.15 + (weight.ndim < 2))
     return student
-
-
-def make_llama(student: StudentModel) -> LlamaForCausalLM:
-    """Return Hugging Face's network with the same weights."""
-    config = student.config
-    llama: LlamaForCausalLM = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            intermediate_size=config.intermediate_size,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-        )
-    )
-    llama.train(False)
-    llama.load_state_dict({llama_name(name): weight for name, weight in student.state_dict().items()})
-    return llama
-
-
-def llama_name(name: str) -> str:
-    """Return a weight's name in Hugging Face's network."""
-    for ours, theirs in LLAMA_NAMES:
-        name = name.replace(ours, theirs)
-    return f"model.{name}" if name.startswith("norm.") else name
 
 
 def random_ids(length: int = LENGTH) -> Tensor:

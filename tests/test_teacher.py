@@ -31,20 +31,7 @@ from kd.teacher import (
     load_teacher_model,
     logits_of,
 )
-
-CPU = torch.device("cpu")
-VOCAB = 258
-"""The end-of-text token, the bytes, and one merged pair."""
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-BATCH = {"input_ids": torch.arange(24).view(2, 12)}
+from tests.tiny_teacher import BATCH, CPU, SIZES, VOCAB
 
 
 def make_qwen() -> Qwen2ForCausalLM:

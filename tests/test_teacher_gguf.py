@@ -14,20 +14,8 @@ from kd.config import LocalTeacherConfig
 from kd.data.tokenizers import load_tokenizer, train_bpe
 from kd.errors import DataError
 from kd.teacher import PretrainedTeacher, check_teacher, find_teacher
+from tests.tiny_teacher import BATCH, CPU, SIZES, VOCAB
 
-CPU = torch.device("cpu")
-VOCAB = 258
-"""The end-of-text token, the bytes, and one merged pair."""
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-BATCH = {"input_ids": torch.arange(24).view(2, 12)}
 GGUF_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",

@@ -330,3 +330,13 @@ def test_help_and_the_configuration_print_without_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", probe], check=True, cwd=REPOSITORY, capture_output=True)
+
+
+@pytest.mark.usefixtures("cache")
+def test_too_little_memory_names_the_way_out() -> None:
+    # One such matrix takes 4 TB.
+    outcome = run(*TINY, "train.batch_size=8", "model.hidden_size=1048576", "model.intermediate_size=1048576")
+    assert outcome.code == 7, outcome.errors
+    assert "train.batch_size=8" in outcome.errors
+    assert "gradient_accumulation_steps" in outcome.errors
+    assert not Path("outputs").exists()

@@ -77,7 +77,8 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         student = super()._forward(batch)
         if self.config.alpha == 0:
             return student
-        assert self.teacher is not None
+        if self.teacher is None:  # a loaded checkpoint has brought another alpha
+            raise ValueError(f"train.alpha={self.config.alpha} needs a teacher_model, and None was given")
         return Logits(student, self.teacher.logits(batch))
 
     def _compute_loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, Terms]:
