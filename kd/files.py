@@ -101,6 +101,13 @@ def publish_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
+def remove_leftovers(parent: Path) -> None:
+    """Remove what a killed `publish_directory` left in a folder that only this process writes to."""
+    for pattern in (".*.tmp", ".*.old"):
+        for path in parent.glob(pattern):
+            shutil.rmtree(path)
+
+
 def seal_directory(directory: Path) -> None:
     """Flush all files of a directory and write its manifest last."""
     files = {}

@@ -13,7 +13,7 @@ from kd.cache import RESOURCE_ERRNOS
 from kd.checkpoint import latest_checkpoint
 from kd.config import Config, PretrainConfig, TrainingConfig
 from kd.errors import ResourceError
-from kd.files import write_text
+from kd.files import remove_leftovers, write_text
 from kd.generation import GenerationConfig, TextGenerator
 from kd.prepare import Parts, Plan, build_parts, make_plan
 from kd.runs import Run, describe_environment
@@ -105,7 +105,9 @@ def make_trainer(plan: Plan, parts: Parts, run_dir: Path) -> AnyTrainer:
 
 def _resume(trainer: AnyTrainer, config: Config) -> None:
     assert trainer.run_dir is not None
-    checkpoint = latest_checkpoint(trainer.run_dir / config.train.checkpoint_dir)
+    folder = trainer.run_dir / config.train.checkpoint_dir
+    remove_leftovers(folder)
+    checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         return
     trainer.load_checkpoint(checkpoint)

@@ -52,9 +52,9 @@ def main() -> None:
     logging.captureWarnings(True)
     # Hydra would print composition errors in its own words and exit with 1; so it raises them, and we print.
     debugging = FULL_ERRORS in os.environ
-    # Read when torch loads. By default its threads wait for each other in a busy loop: as soon as another process
-    # wants one of the cores, a step takes some fifteen times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch loads. By default its threads spin for long while they wait for each other: as soon as another
+    # process wants one of the cores, a step can take ten times as long. (The name is that of GNU OpenMP.)
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ[FULL_ERRORS] = "1"
     try:
         register_schemas()
