@@ -133,7 +133,7 @@ def test_alpha_zero_is_one_baseline_for_all_temperatures() -> None:
     "signum", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
 def test_a_run_stopped_half_way_ends_like_an_unstopped_one(signum: signal.Signals, tmp_path: Path) -> None:
-    longer = (*TINY, "train.max_steps=60", "train.num_epochs=20", "train.save_interval=4", "model.dropout=0.1")
+    longer = (*TINY, "train.max_steps=160", "train.num_epochs=40", "train.save_interval=4", "model.dropout=0.1")
     longer = (*longer, "train.log_interval=7", "train.eval_interval=25", "train.gradient_accumulation_steps=2")
     assert run(*longer, "name=whole").code == 0
     process = start(*longer, "name=cut")
@@ -145,7 +145,7 @@ def test_a_run_stopped_half_way_ends_like_an_unstopped_one(signum: signal.Signal
     outcome = run(*longer, "name=cut")
     assert outcome.code == 0, outcome.errors
     assert "Continuing from" in outcome.output
-    assert_same_run(only_run("whole"), only_run("cut"), 60)
+    assert_same_run(only_run("whole"), only_run("cut"), 160)
 
 
 def wait_for_step(experiment: Path, step: int) -> Path:

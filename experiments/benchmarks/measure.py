@@ -7,6 +7,7 @@ machine does meanwhile hits all of them alike, and no variant profits from anoth
 import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -103,7 +104,8 @@ def _measure_once(child: "subprocess.Popen[str]", result: Measurement, is_warm_u
     child.stdin.write("\n")
     child.stdin.flush()
     answer = _answer(child, result.name)
-    result.extra_bytes, result.value = max(result.extra_bytes, answer["extra"]), answer["value"]
+    result.extra_bytes = max(result.extra_bytes, answer["extra"])
+    result.value = answer["value"] if math.isfinite(answer["value"]) else None  # the bare products have none
     if not is_warm_up:
         result.seconds.append(answer["seconds"])
 
@@ -171,7 +173,7 @@ def save(name: str, settings: dict[str, Any], results: Sequence[Measurement], ti
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) | {"median_seconds": result.median if result.seconds else None} for result in results]
     machine = {"processor": _processor(), "torch": torch.__version__, "python": platform.python_version()}
-    text = json.dumps({"settings": settings, "machine": machine, "results": rows}, indent=1)
+    text = json.dumps({"settings": settings, "machine": machine, "results": rows}, indent=1, allow_nan=False)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     _plot(RESULTS / f"{name}.png", results, title)
 
