@@ -20,7 +20,8 @@ from kd.files import check_directory, seal_directory, sync_path
 
 logger = logging.getLogger(__name__)
 
-LOCK_TIMEOUT_SECONDS = 3600.0
+LOCK_TIMEOUT_SECONDS = 24 * 3600.0
+"""The hidden states of a large corpus take hours; the lock of a builder that died is free at once."""
 POLL_SECONDS = 0.2
 
 _made: ContextVar[list[Path] | None] = ContextVar("made", default=None)
@@ -49,7 +50,7 @@ def cached_directory(kind: str, key: str, build: Callable[[Path], None], describ
     Raises:
         IntegrityError: if the published entry lacks a file or a file has another size. It is not rebuilt
             silently: something outside changed it.
-        DataError: if another process has been building it for longer than an hour.
+        DataError: if another process has been building it for longer than a day.
         ResourceError: if disk space or a permission is missing.
     """
     target = cache_root() / kind / key
@@ -62,6 +63,11 @@ def cached_directory(kind: str, key: str, build: Callable[[Path], None], describ
             if not _is_published(target):
                 _build(target, build, describe)
     return target
+
+
+def is_cached(kind: str, key: str) -> bool:
+    """Return whether an entry is published, without a look at its files."""
+    return (cache_root() / kind / key).is_dir()
 
 
 @contextmanager

@@ -7,8 +7,6 @@ checkpoint-300/
   manifest.json          size and SHA-256 of each file, written last
 """
 
-import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kd.checkpoint_files import MODEL_FILE
 from kd.errors import IntegrityError
 from kd.files import check_directory, publish_directory, read_json, write_json
 
-log = logging.getLogger(__name__)
-
 FORMAT_VERSION = 1
-MODEL_FILE = "model.safetensors"
 STATE_TENSORS = "state.safetensors"
 STATE_FILE = "state.json"
 
@@ -98,34 +94,6 @@ def load_model_file(path: Path, model: nn.Module) -> None:
     if extra := sorted(tensors.keys() - expected.keys()):
         raise IntegrityError(f"{path} is of another architecture: it holds {extra[0]}, which the model has not.")
     model.load_state_dict(tensors, strict=False)  # what is left out shares storage with what is there
-
-
-def latest_checkpoint(parent: Path) -> Path | None:
-    """Return the `checkpoint-{step}` with the highest step that is whole, or None where there is none at all.
-
-    Damaged ones are passed over with a warning.
-
-    Raises:
-        IntegrityError: if there are checkpoints but every one is damaged.
-    """
-    found = [(int(match[1]), path) for path in parent.glob("checkpoint-*") if (match := _step_of(path))]
-    for _, path in sorted(found, reverse=True):
-        try:
-            check_directory(path, digests=True)
-        except IntegrityError as error:
-            log.warning("Passing over a damaged checkpoint: %s", error)
-            continue
-        return path
-    if found:
-        raise IntegrityError(
-            f"All {len(found)} checkpoints in {parent} are damaged, so the run cannot be continued. "
-            "Remove that folder, or set overwrite=true, to start it afresh."
-        )
-    return None
-
-
-def _step_of(path: Path) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d+)", path.name)
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ MISSING = "???"
 """OmegaConf's mark for a value that must be given."""
 
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+TEACHER_CACHE = ("auto", "off", "require")
 SMALLEST_BPE = 257
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -122,6 +123,8 @@ class TrainerConfig:
     """Stop after this many optimizer steps, if that is sooner than num_epochs; null: no limit."""
     eval_blocks: int | None = None
     """Validation blocks of the evaluations on the way (the last one takes all); null: all."""
+    compile: bool = False
+    """Let torch compile the student's body: slower to start, and results differ by rounding."""
 
     def __post_init__(self) -> None:
         _require_finite("train", self, "learning_rate", "weight_decay", "gradient_clip")
@@ -250,7 +253,19 @@ class TeacherConfig:
 
 
 @dataclass
-class EmbeddedTeacherConfig(TeacherConfig):
+class PresentTeacherConfig(TeacherConfig):
+    """What every teacher has."""
+
+    cache: str = "auto"
+    """Whether to keep the teacher's hidden states on disk. auto: if a run visits as many blocks as that takes, or if
+    they are there already; off: no; require: yes, also for a shorter run."""
+
+    def __post_init__(self) -> None:
+        _require(self.cache in TEACHER_CACHE, "teacher.cache", self.cache, f"use one of {', '.join(TEACHER_CACHE)}")
+
+
+@dataclass
+class EmbeddedTeacherConfig(PresentTeacherConfig):
     """A model of the student's family, trained once on the training part and cached."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -262,7 +277,7 @@ class EmbeddedTeacherConfig(TeacherConfig):
 
 
 @dataclass
-class HubTeacherConfig(TeacherConfig):
+class HubTeacherConfig(PresentTeacherConfig):
     """A causal language model of the Hugging Face Hub, or a local directory in the same format."""
 
     model_id: str = MISSING
@@ -273,11 +288,12 @@ class HubTeacherConfig(TeacherConfig):
     """float32, bfloat16, float16, or auto: bfloat16 on a GPU that has it, else float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.dtype in TEACHER_DTYPES, "teacher.dtype", self.dtype, f"use one of {', '.join(TEACHER_DTYPES)}")
 
 
 @dataclass
-class LocalTeacherConfig(TeacherConfig):
+class LocalTeacherConfig(PresentTeacherConfig):
     """A causal language model in a local directory, in Hugging Face's format or as a GGUF file."""
 
     path: str = MISSING
@@ -288,6 +304,7 @@ class LocalTeacherConfig(TeacherConfig):
     """float32, bfloat16, float16, or auto: bfloat16 on a GPU that has it, else float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.dtype in TEACHER_DTYPES, "teacher.dtype", self.dtype, f"use one of {', '.join(TEACHER_DTYPES)}")
 
 

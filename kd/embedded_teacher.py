@@ -9,29 +9,18 @@ from pathlib import Path
 import torch
 
 from kd.cache import cached_directory
-from kd.checkpoint import MODEL_FILE, latest_checkpoint, load_model_file, save_model_file
-from kd.config import DataConfig, EmbeddedTeacherConfig
+from kd.checkpoint import load_model_file, save_model_file
+from kd.checkpoint_files import MODEL_FILE, latest_checkpoint
+from kd.config import EmbeddedTeacherConfig
 from kd.data import PackedBlocks, eval_loader, train_loader
 from kd.distributed import seed_everything
-from kd.files import digest_of, write_text
+from kd.files import write_text
 from kd.model import StudentModel
-from kd.runs import NOT_IN_IDENTITY
+from kd.stop import StopSignal
 from kd.teacher import LiveTeacher
 from kd.trainers import PretrainTrainer
-from kd.trainers.stop import StopSignal
 
 log = logging.getLogger("kd")
-
-FORMAT_VERSION = 1
-
-
-def embedded_teacher_fingerprint(config: EmbeddedTeacherConfig, data: DataConfig, corpus: str, tokenizer: str) -> str:
-    """Return the hash of all that determines the teacher's weights: its recipe, known before it is trained."""
-    recipe = asdict(config)
-    for name in NOT_IN_IDENTITY:
-        del recipe["train"][name]
-    content = {"recipe": recipe, "seq_len": data.seq_len, "corpus": corpus, "tokenizer": tokenizer}
-    return digest_of({"format": FORMAT_VERSION} | content)
 
 
 def load_embedded_teacher(

@@ -50,6 +50,7 @@ def linear_distillation_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_softcap: float | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return `distillation_loss` of the logits `hidden @ weight.T + bias`, which are never all there at once.
@@ -71,6 +72,7 @@ def linear_distillation_loss(
         temperature: T, finite and > 0.
         student_bias: (V,) of the student's head.
         teacher_bias: (V,) of the teacher's head. Entries of -inf have probability 0.
+        teacher_softcap: bound b of the teacher's logits x, which are b * tanh(x / b) then; None: none.
         tiling: chunk and tile size; None: the one measured best for the device.
 
     Returns:
@@ -91,7 +93,7 @@ def linear_distillation_loss(
         raise ValueError(f"temperature={temperature} is not allowed: it must be a finite number greater than 0.")
     rows = _labelled_rows(labels, student_weight)
     hidden = _select(student_hidden, student_weight, student_bias, labels, rows)
-    teacher = _teacher_head(teacher_hidden, teacher_weight, teacher_bias, labels, rows)
+    teacher = _teacher_head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, labels, rows)
     if teacher is None and alpha > 0:
         raise ValueError(f"alpha={alpha} needs a teacher: give teacher_hidden and teacher_weight, or set alpha=0.")
     _check_same_vocabulary(student_weight, teacher)
@@ -117,6 +119,7 @@ def linear_scores(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_softcap: float | None = None,
     tiling: Tiling | None = None,
 ) -> TokenScores:
     """Return each token's scores at temperature 1: `token_nll`, `token_kl`, `token_agreement`, without the logits.
@@ -131,7 +134,7 @@ def linear_scores(
     rows = _labelled_rows(labels, student_weight)
     hidden = _select(student_hidden, student_weight, student_bias, labels, rows)
     student = Head.of(hidden, student_weight, student_bias)
-    teacher = _teacher_head(teacher_hidden, teacher_weight, teacher_bias, labels, rows)
+    teacher = _teacher_head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, labels, rows)
     _check_same_vocabulary(student_weight, teacher)
     tiling = tiling or _default_tiling(labels.device)
     with torch.autocast(labels.device.type, enabled=False):
@@ -201,7 +204,12 @@ def _select(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
 
 
 def _teacher_head(
-    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, labels: Tensor, rows: Tensor
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    labels: Tensor,
+    rows: Tensor,
 ) -> Head | None:
     """Return the teacher's head with the hidden states of the labelled tokens, outside of every graph."""
     if hidden is None and weight is None:
@@ -209,7 +217,7 @@ def _teacher_head(
     if hidden is None or weight is None:
         raise ValueError("Of teacher_hidden and teacher_weight only one was given: give both, or neither.")
     with torch.no_grad():
-        return Head.of(_select(hidden, weight, bias, labels, rows), weight, bias)
+        return Head.of(_select(hidden, weight, bias, labels, rows), weight, bias, softcap)
 
 
 def _check_same_vocabulary(student_weight: Tensor, teacher: Head | None) -> None:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 OUTPUTS = Path("outputs")
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core")
-NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval")
+NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval", "compile")
 COLUMNS = (
     "train_step",
     "train_loss",

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kd.checkpoint import MODEL_FILE, latest_checkpoint, load_weights
+from kd.checkpoint import load_weights
+from kd.checkpoint_files import find_checkpoint, run_record
 from kd.config import ModelConfig
 from kd.data import load_tokenizer
-from kd.errors import DataError, IntegrityError
-from kd.files import read_json
+from kd.errors import IntegrityError
 from kd.model import StudentModel
 
 if TYPE_CHECKING:
@@ -21,36 +21,6 @@ class TrainedStudent:
 
     model: StudentModel
     tokenizer: "PreTrainedTokenizerFast"
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a path means: a run's last one, or the checkpoint itself.
-
-    Raises:
-        DataError: if there is none.
-        IntegrityError: if all of a run's checkpoints are damaged.
-    """
-    if (path / MODEL_FILE).is_file():
-        return path
-    # The folder's name is the run's train.checkpoint_dir.
-    for folder in sorted({found.parent for found in path.glob("**/checkpoint-*/")}):
-        if (latest := latest_checkpoint(folder)) is not None:
-            return latest
-    raise DataError(f"{path} holds no checkpoint: give a run's directory, like outputs/<name>/<run>.")
-
-
-def run_record(path: Path) -> dict[str, Any]:
-    """Return environment.json of the run that a path (a run's directory or a checkpoint in it) belongs to.
-
-    Raises:
-        DataError: if it belongs to no run.
-    """
-    for directory in (path, *path.resolve().parents[:3]):
-        if (directory / "environment.json").is_file():
-            record = read_json(directory / "environment.json")
-            assert isinstance(record, dict)
-            return record
-    raise DataError(f"{path} is not a run: give a directory like outputs/<name>/<run>.")
 
 
 def load_student(path: Path) -> TrainedStudent:

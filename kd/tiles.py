@@ -46,15 +46,17 @@ class Head:
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
+    softcap: float | None = None
+    """Logits are softcap * tanh(logits / softcap); the gradients here do not know of it: for a teacher only."""
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "Head":
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None) -> "Head":
         """Return a head in the dtype that `F.linear` would compute in: autocast's, if that is on."""
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         device = hidden.device.type
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        return Head(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return Head(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), softcap)
 
     def project(self, tokens: slice, entries: slice, out: Tensor) -> None:
         """Write the logits of some tokens at some vocabulary entries, (K, C), rounded to the head's dtype."""
@@ -65,6 +67,8 @@ class Head:
             torch.mm(weight, hidden, out=out)
         else:
             out.copy_(torch.mm(weight, hidden))
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 class Workspace:

@@ -78,3 +78,23 @@ def strict_json(path: Path) -> Any:
         raise AssertionError(f"{path} holds {word}")
 
     return json.loads(path.read_text(), parse_constant=refuse)
+
+
+HEAVY = ("torch", "transformers", "datasets")
+LISTING = f"""
+import sys
+from kd.train import main
+try:
+    main()
+finally:
+    print("imported:", *sorted(set({HEAVY}) & sys.modules.keys()))
+"""
+
+
+def run_and_list(*arguments: str) -> tuple[Outcome, list[str]]:
+    """Run a training command to its end; return also which of torch, transformers and datasets it imported."""
+    answer = subprocess.run(
+        [sys.executable, "-c", LISTING, *arguments], env=environment(), capture_output=True, text=True, check=False
+    )
+    output, _, imported = answer.stdout.rpartition("imported:")
+    return Outcome(answer.returncode, output, answer.stderr), imported.split()

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from kd.checkpoint import (
-    MODEL_FILE,
     STATE_FILE,
     STATE_TENSORS,
-    latest_checkpoint,
     load_model_file,
     load_state,
     load_weights,
     save_checkpoint,
     save_model_file,
 )
+from kd.checkpoint_files import MODEL_FILE, latest_checkpoint
 from kd.config import ModelConfig
 from kd.errors import IntegrityError
 from kd.files import seal_directory

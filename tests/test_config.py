@@ -89,7 +89,7 @@ def test_the_training_defaults_are_the_specified_ones() -> None:
 
 def test_later_fields_leave_the_specified_behaviour_unchanged() -> None:
     more = {key: value for key, value in asdict(TrainingConfig()).items() if key not in SPECIFIED_TRAINING}
-    assert more == {"gradient_accumulation_steps": 1, "max_steps": None, "eval_blocks": None}
+    assert more == {"gradient_accumulation_steps": 1, "max_steps": None, "eval_blocks": None, "compile": False}
 
 
 def test_the_student_file_says_the_defaults() -> None:
@@ -106,7 +106,7 @@ def test_the_wikipedia_file_says_the_specified_values() -> None:
 
 def test_the_teacher_file_says_the_specified_values() -> None:
     specified = {"model_id": "Qwen/Qwen2.5-0.5B", "revision": None, "dtype": "float16"}
-    assert yaml_values("teacher/qwen2_5_0_5b.yaml") == specified
+    assert yaml_values("teacher/qwen2_5_0_5b.yaml") == specified | {"cache": "auto"}
 
 
 def test_the_embedded_default_uses_other_files_than_the_specified_job() -> None:

@@ -286,6 +286,19 @@ def test_autocast_rounds_the_products_and_nothing_else() -> None:
         torch.testing.assert_close(gradient, reference, rtol=0.02, atol=0.02 * float(reference.abs().max()))
 
 
+def test_small_gradients_survive_autocast_to_float16() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4000, 4, requires_grad=True), torch.randn(500, 4, requires_grad=True)
+    labels = torch.randint(500, (4000,))
+    # A gradient by a logit is about 1 / 4,000 / 500: below float16's smallest normal number.
+    with torch.autocast("cpu", torch.float16):
+        total, _ = linear_distillation_loss(hidden, weight, None, None, labels, 0.0)
+    found = torch.autograd.grad(total, (hidden, weight))
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight), labels), (hidden, weight))
+    for gradient, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0.01, atol=0.005 * float(reference.abs().max()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tiling", [Tiling(1, 1), SMALL, None])
 def test_scores_equal_those_from_logits(dtype: torch.dtype, tiling: Tiling | None) -> None:

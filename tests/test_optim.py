@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 from kd.config import ModelConfig
 from kd.model import StudentModel
 from kd.optim import configure_optimizer, cosine_schedule, create_optimizer, get_parameter_groups
+from tests.commands import environment
 
 CONFIG = ModelConfig(
     hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, vocab_size=32, max_seq_len=8
@@ -82,6 +85,20 @@ def test_optimizer_equals_the_plain_one_of_torch(name: str, kind: str) -> None:
             optimizer.step()
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, start)
+
+
+def test_no_optimizer_waits_for_the_compiler() -> None:
+    program = (
+        "import sys, torch\nfrom kd.optim import OPTIMIZERS, create_optimizer\n"
+        "for name in OPTIMIZERS:\n"
+        "    weight = torch.nn.Parameter(torch.ones(2))\n"
+        "    optimizer = create_optimizer(name, [weight], lr=0.1)\n"
+        "    weight.sum().backward()\n"
+        "    optimizer.step()\n    optimizer.zero_grad()\n    optimizer.load_state_dict(optimizer.state_dict())\n"
+        "    assert weight.requires_grad and weight.is_leaf and weight.grad is None\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment())
 
 
 def test_unknown_optimizer_is_refused() -> None:

@@ -15,22 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import kd.teacher
+import kd.teacher_files
 from kd.config import HubTeacherConfig, LocalTeacherConfig, ModelConfig
 from kd.data.tokenizers import load_tokenizer
 from kd.errors import ConfigError, DataError, Interrupted, NumericError
 from kd.model import StudentModel
 from kd.teacher import (
     LiveTeacher,
-    PretrainedTeacher,
     check_teacher,
-    check_vocabulary,
     choose_dtype,
-    find_teacher,
     freeze,
+    load_pretrained,
     load_teacher_model,
     logits_of,
 )
+from kd.teacher_files import PretrainedTeacher, check_vocabulary, find_teacher
 from tests.tiny_teacher import BATCH, CPU, SIZES, VOCAB
 
 
@@ -105,7 +104,7 @@ def test_its_logits_are_those_of_the_saved_model(qwen: Path) -> None:
 def test_a_found_teacher_loads_as_it_was_described(qwen: Path) -> None:
     found = find_local(qwen, dtype="bfloat16")
     assert (found.vocab_size, found.max_seq_len) == (VOCAB, 64)
-    live = found.load(CPU)
+    live = load_pretrained(found, CPU)
     assert live.logits(BATCH).shape == (2, 12, VOCAB)
     assert live.logits(BATCH).dtype == torch.bfloat16
     assert "Qwen2ForCausalLM" in live.description
@@ -222,7 +221,7 @@ def use_hub_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def reach_hub(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
-    monkeypatch.setattr(kd.teacher, "hub_is_reachable", lambda: answer)
+    monkeypatch.setattr(kd.teacher_files, "hub_is_reachable", lambda: answer)
 
 
 def test_a_model_that_is_not_cached_names_the_command_that_fetches_it(
@@ -266,7 +265,7 @@ def test_a_cached_model_is_used_where_the_hub_is_out_of_reach(
         found = find_hub("org/tiny")
     assert "cached copy of org/tiny" in caplog.text
     assert (found.vocab_size, found.revision) == (VOCAB, "a" * 40)
-    assert found.load(CPU).logits(BATCH).shape == (2, 12, VOCAB)
+    assert load_pretrained(found, CPU).logits(BATCH).shape == (2, 12, VOCAB)
     put_into_cache(tmp_path / "hub", qwen, "b" * 40)
     assert find_hub("org/tiny").fingerprint != found.fingerprint
     assert find_hub("org/tiny", "a" * 40).fingerprint == found.fingerprint
@@ -302,7 +301,7 @@ def test_vocabularies_must_agree() -> None:
 
 
 def test_a_teacher_of_another_width_is_refused(qwen: Path) -> None:
-    teacher = find_local(qwen).load(CPU)
+    teacher = load_pretrained(find_local(qwen), CPU)
     check_teacher(teacher, BATCH, VOCAB)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=256"):
         check_teacher(teacher, BATCH, 256)
@@ -320,10 +319,10 @@ def test_activations_that_overflow_in_float16_stop_with_the_way_out(qwen: Path) 
     with pytest.raises(
         NumericError, match=r"not finite at \d+ of 24 positions.*float16.*teacher\.dtype=bfloat16"
     ) as caught:
-        check_teacher(find_local(qwen, dtype="float16").load(CPU), BATCH, VOCAB)
+        check_teacher(load_pretrained(find_local(qwen, dtype="float16"), CPU), BATCH, VOCAB)
     assert caught.value.exit_code == 5
     for dtype in ("bfloat16", "float32"):
-        check_teacher(find_local(qwen, dtype=dtype).load(CPU), BATCH, VOCAB)
+        check_teacher(load_pretrained(find_local(qwen, dtype=dtype), CPU), BATCH, VOCAB)
 
 
 class Giving(nn.Module):

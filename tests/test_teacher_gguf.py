@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kd.config import LocalTeacherConfig
 from kd.data.tokenizers import load_tokenizer, train_bpe
 from kd.errors import DataError
-from kd.teacher import PretrainedTeacher, check_teacher, find_teacher
+from kd.teacher import check_teacher, load_pretrained
+from kd.teacher_files import PretrainedTeacher, find_teacher
 from tests.tiny_teacher import BATCH, CPU, SIZES, VOCAB
 
 GGUF_NAMES = {
@@ -89,7 +90,7 @@ def test_a_gguf_file_is_a_teacher_with_its_tokenizer(tmp_path: Path, tied: bool)
     save_gguf(tmp_path / "tiny.gguf", model)
     found = find_local(tmp_path, gguf_file="tiny.gguf", dtype="float32")
     assert (found.vocab_size, found.max_seq_len) == (VOCAB, 64)
-    live = found.load(CPU)
+    live = load_pretrained(found, CPU)
     with torch.no_grad():
         torch.testing.assert_close(live.logits(BATCH), model(BATCH["input_ids"]).logits)
     check_teacher(live, BATCH, VOCAB)

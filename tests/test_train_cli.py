@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import kd.generate
 from kd.errors import ConfigError, DataError, KDError
 from kd.files import check_directory
-from tests.commands import REPOSITORY, TINY, Outcome, only_run, run, start, strict_json
+from tests.commands import REPOSITORY, TINY, Outcome, only_run, run, run_and_list, start, strict_json
 
 SERIES = ("train_loss", "kl_loss", "ce_loss", "learning_rate", "grad_norm")
 VAL_SERIES = ("val_loss", "val_ppl", "val_kl", "val_agreement", "val_bits_per_byte")
@@ -111,6 +111,9 @@ def test_a_finished_run_is_skipped_and_nothing_changes() -> None:
     assert outcome.code == 0
     assert "Already done" in outcome.output
     assert contents(Path("outputs")) == before
+    outcome, imported = run_and_list(*TINY)
+    assert "Already done" in outcome.output
+    assert imported == []
     assert run(*TINY, "overwrite=true").code == 0
     assert contents(Path("outputs")).keys() == before.keys()
     assert contents(Path("outputs")) != before

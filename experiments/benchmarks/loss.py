@@ -4,10 +4,12 @@
 
 Compares forward and backward of `linear_distillation_loss` with the matrix products alone (the floor: nothing that
 computes these gradients can be faster), plain PyTorch on full logits, and Liger-Kernel's chunked distillation loss,
-where that is installed (`pip install liger-kernel`; it has no T^2, which its soft weight makes up for).
+where that is installed (`pip install -e ".[bench]"`; it has no T^2, which its soft weight makes up for).
 """
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,8 +120,12 @@ def ours(problem: Problem, tiling: Tiling | None) -> Callable[[], float]:
 
 def liger(problem: Problem, chunk_size: int, compiled: bool) -> Callable[[], float]:
     """Liger-Kernel's chunked loss with beta 0, the forward KL."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found, unused-ignore]
+    from liger_kernel.chunked_loss import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        LigerFusedLinearJSDLoss,
+    )
 
+    if compiled and problem.labels.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ModuleNotFoundError(name="a C++ compiler")
     loss_fn = LigerFusedLinearJSDLoss(
         weight_hard_loss=1 - problem.alpha,
         weight_soft_loss=problem.alpha * problem.temperature**2,

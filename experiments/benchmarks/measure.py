@@ -2,6 +2,7 @@
 
 Each variant lives in a process of its own, prepared once and then asked in turn for one repetition: whatever else the
 machine does meanwhile hits all of them alike, and no variant profits from another's warm memory. Medians are reported.
+Where they do not fit into memory together, each round starts them anew, one after the other.
 """
 
 import argparse
@@ -33,7 +34,7 @@ class Measurement:
     seconds: list[float] = field(default_factory=list)
     """Wall time of each repetition."""
     extra_bytes: int = 0
-    """Most memory taken beyond the inputs (resident on a CPU, allocated on CUDA)."""
+    """Most memory taken beyond the inputs, or by the whole process (resident on a CPU, allocated on CUDA)."""
     value: float | None = None
     """What the variant computed, to compare."""
     skipped: str = ""
@@ -50,37 +51,59 @@ class Measurement:
         return (max(self.seconds) - min(self.seconds)) / self.median if self.seconds else float("nan")
 
 
-def serve(prepare: Callable[[], Callable[[], float]], device: torch.device) -> None:
+def serve(
+    prepare: Callable[[], Callable[[], float]], device: torch.device, *, count_whole_process: bool = False
+) -> None:
     """Answer each line of standard input with one measured repetition, as a line of JSON; the child's side.
 
     Args:
         prepare: makes the inputs and returns the repetition; a ModuleNotFoundError in it skips the variant.
         device: where it runs.
+        count_whole_process: count memory from nothing, with libraries, inputs and their preparation.
     """
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
     try:
         repetition = prepare()
     except ModuleNotFoundError as error:
-        print(json.dumps({"skipped": f"{error.name} is not installed"}), flush=True)
+        print(json.dumps({"skipped": f"{error.name} is not installed"}), file=answers, flush=True)
         return
     _warm_up(device)
-    base = _reset_peak(device)
-    print(json.dumps({"ready": True}), flush=True)
+    base = 0 if count_whole_process else _reset_peak(device)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
     for _ in sys.stdin:
         _synchronize(device)
         start = time.perf_counter()
         value = repetition()
         _synchronize(device)
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "extra": _peak(device) - base, "value": value}), flush=True)
+        answer = {"seconds": seconds, "extra": _peak(device) - base, "value": value}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def compare(script: str, variants: Sequence[str], arguments: Sequence[str], rounds: int) -> list[Measurement]:
+def compare(
+    script: str, variants: Sequence[str], arguments: Sequence[str], rounds: int, *, one_at_a_time: bool = False
+) -> list[Measurement]:
     """Run `script --variant NAME arguments` for every variant, one repetition of each in turn, `rounds` times.
 
-    A first round warms up: it counts for memory, not for time.
+    A process's first repetition warms up: it counts for memory, not for time. With `one_at_a_time` each round starts
+    the processes anew, so that only one of them takes memory; else all stay for all rounds.
     """
+    commands = {name: [sys.executable, script, "--variant", name, *arguments] for name in variants}
+    if not one_at_a_time:
+        return _compare_side_by_side(commands, rounds)
     results = [Measurement(name) for name in variants]
-    children = [_start([sys.executable, script, "--variant", name, *arguments]) for name in variants]
+    for _ in range(rounds):
+        for result in results:
+            (once,) = _compare_side_by_side({result.name: commands[result.name]}, 1)
+            result.skipped = once.skipped
+            result.seconds += once.seconds
+            result.extra_bytes, result.value = max(result.extra_bytes, once.extra_bytes), once.value
+    return results
+
+
+def _compare_side_by_side(commands: dict[str, list[str]], rounds: int) -> list[Measurement]:
+    results = [Measurement(name) for name in commands]
+    children = [_start(command) for command in commands.values()]
     try:
         for child, result in zip(children, results, strict=True):
             result.skipped = str(_answer(child, result.name).get("skipped", ""))
@@ -168,14 +191,25 @@ def table(results: Sequence[Measurement], reference: str, floor: str) -> str:
     return "\n".join(lines)
 
 
-def save(name: str, settings: dict[str, Any], results: Sequence[Measurement], title: str) -> None:
+def save(
+    name: str,
+    settings: dict[str, Any],
+    results: Sequence[Measurement],
+    title: str,
+    memory_label: str = "extra peak memory, MiB",
+) -> None:
     """Write results/NAME.json and results/NAME.png."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     rows = [asdict(result) | {"median_seconds": result.median if result.seconds else None} for result in results]
+    write_json(name, settings, rows)
+    _plot(RESULTS / f"{name}.png", results, title, memory_label)
+
+
+def write_json(name: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write results/NAME.json: what was measured, where, and how."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     machine = {"processor": _processor(), "torch": torch.__version__, "python": platform.python_version()}
-    text = json.dumps({"settings": settings, "machine": machine, "results": rows}, indent=1, allow_nan=False)
+    text = json.dumps({"settings": settings, "machine": machine, "results": list(rows)}, indent=1, allow_nan=False)
     (RESULTS / f"{name}.json").write_text(text + "\n")
-    _plot(RESULTS / f"{name}.png", results, title)
 
 
 def _processor() -> str:
@@ -185,7 +219,7 @@ def _processor() -> str:
     return f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
 
 
-def _plot(path: Path, results: Sequence[Measurement], title: str) -> None:
+def _plot(path: Path, results: Sequence[Measurement], title: str, memory_label: str) -> None:
     """Draw bars of time and of memory."""
     import matplotlib
 
@@ -198,7 +232,7 @@ def _plot(path: Path, results: Sequence[Measurement], title: str) -> None:
     left.barh(names, [result.median for result in shown], color="tab:blue")
     left.set_xlabel("median seconds")
     right.barh(names, [result.extra_bytes / MIB for result in shown], color="tab:orange")
-    right.set_xlabel("extra peak memory, MiB")
+    right.set_xlabel(memory_label)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=80)

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kd.data.blocks import PackedBlocks, build_blocks
+    from kd.data.blocks import PackedBlocks, build_blocks, find_blocks
     from kd.data.corpora import Corpus, read_corpus
     from kd.data.loaders import BlockLoader, eval_loader, train_loader
     from kd.data.tokenizers import (
@@ -34,6 +34,7 @@ _MODULES = {
     "directory_tokenizer_fingerprint": "tokenizers",
     "end_of_text_id": "tokenizers",
     "eval_loader": "loaders",
+    "find_blocks": "blocks",
     "load_tokenizer": "tokenizers",
     "num_token_ids": "tokenizers",
     "read_corpus": "corpora",
@@ -54,6 +55,7 @@ __all__ = [
     "directory_tokenizer_fingerprint",
     "end_of_text_id",
     "eval_loader",
+    "find_blocks",
     "load_tokenizer",
     "num_token_ids",
     "read_corpus",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd.cache import cached_directory
+from kd.cache import cache_root, cached_directory, is_cached
 from kd.data.corpora import Corpus
 from kd.data.packing import StoreMeta, Tokens, block_digests, block_windows, pack_corpus
 from kd.errors import DataError, IntegrityError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _FORMAT = 1
+_KIND = "blocks"
 
 
 def build_blocks(
@@ -40,19 +41,30 @@ def build_blocks(
     Raises:
         DataError: if a part is shorter than one block, or the tokenizer has no end-of-text token.
     """
-    content = {"corpus": corpus.fingerprint, "tokenizer": tokenizer_fingerprint, "seq_len": seq_len}
     description = f"the blocks of {seq_len} tokens of {corpus.description}"
 
     def build(work: Path) -> None:
         pack_corpus(work, corpus, tokenizer, seq_len)
 
-    return cached_directory("blocks", digest_of({"format": _FORMAT, **content}), build, description)
+    return cached_directory(_KIND, _key(corpus, tokenizer_fingerprint, seq_len), build, description)
+
+
+def find_blocks(corpus: Corpus, tokenizer_fingerprint: str, seq_len: int) -> Path | None:
+    """Return the directory that `build_blocks` would, if it is there already; no tokenizer is needed for that."""
+    key = _key(corpus, tokenizer_fingerprint, seq_len)
+    return cache_root() / _KIND / key if is_cached(_KIND, key) else None
+
+
+def _key(corpus: Corpus, tokenizer_fingerprint: str, seq_len: int) -> str:
+    content = {"corpus": corpus.fingerprint, "tokenizer": tokenizer_fingerprint, "seq_len": seq_len}
+    return digest_of({"format": _FORMAT, **content})
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
     """The blocks of one part of a packed corpus.
 
-    `blocks[i]` is `{"input_ids": (L,), "labels": (L,), "block_id": ()}`, all int64; labels are next-token targets.
+    `blocks[i]` is `{"input_ids": (L,), "labels": (L,), "block_id": ()}`, all int64; labels are next-token targets, and
+    the id is unique in the whole store, over all parts.
     `blocks[[i, j, ...]]` is the batch of these, `(B, L)` and `(B,)`, gathered in one step.
     """
 
@@ -82,9 +94,10 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         counts = meta.parts[part]
         self.tokens_per_byte = counts.tokens / counts.bytes
         """Tokens per byte of text, of the whole part."""
-        self.block_ids = _spread(counts.blocks, max_blocks)
-        """Ids of the selected blocks within the part, (len,) int64, ascending."""
-        self.document_ids: npt.NDArray[np.int64] = np.load(directory / f"{part}.documents.npy")[self.block_ids]
+        earlier = list(meta.parts)[: list(meta.parts).index(part)]
+        self._positions = _spread(counts.blocks, max_blocks)
+        self._first_id = sum(meta.parts[name].blocks for name in earlier)
+        self.document_ids: npt.NDArray[np.int64] = np.load(directory / f"{part}.documents.npy")[self._positions]
         """Index, within the part, of the document that holds a selected block's first target, (len,) int64."""
         self._digests: npt.NDArray[np.uint64] = np.load(directory / f"{part}.digests.npy")
         self._is_checked = np.zeros(counts.blocks, dtype=np.bool_)
@@ -92,12 +105,17 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         self._windows = self._map_windows()
 
     @property
+    def block_ids(self) -> npt.NDArray[np.int64]:
+        """Ids of the selected blocks, (len,), ascending."""
+        return self._first_id + self._positions
+
+    @property
     def num_tokens(self) -> int:
         """Targets in the selected blocks."""
         return len(self) * self.seq_len
 
     def __len__(self) -> int:
-        return len(self.block_ids)
+        return len(self._positions)
 
     def __getitem__(self, index: int | Sequence[int]) -> dict[str, Tensor]:
         """Return one block, or a batch of blocks.
@@ -106,26 +124,26 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
             IntegrityError: naming the file and the block, if its content is not what was written.
             IndexError: if there is no such block.
         """
-        block_ids = self.block_ids[index]
-        windows = self._windows[block_ids]
-        if not self._is_checked[block_ids].all():
-            self._check(np.atleast_1d(block_ids), np.atleast_2d(windows))
+        positions = self._positions[index]
+        windows = self._windows[positions]
+        if not self._is_checked[positions].all():
+            self._check(np.atleast_1d(positions), np.atleast_2d(windows))
         tokens = torch.from_numpy(windows.astype(np.int64))
         return {
             "input_ids": tokens[..., :-1].contiguous(),
             "labels": tokens[..., 1:].contiguous(),
-            "block_id": torch.as_tensor(block_ids),
+            "block_id": torch.as_tensor(self._first_id + positions),
         }
 
-    def _check(self, block_ids: npt.NDArray[np.int64], windows: Tokens) -> None:
+    def _check(self, positions: npt.NDArray[np.int64], windows: Tokens) -> None:
         """Compare blocks with their digests; each is checked at its first reading only."""
-        wrong = block_ids[block_digests(windows) != self._digests[block_ids]]
+        wrong = positions[block_digests(windows) != self._digests[positions]]
         if len(wrong):
             raise IntegrityError(
                 f"{self.directory / self.part}.bin is not what was written: block {wrong[0]} differs from its digest. "
                 f"Remove {self.directory} to have it made again."
             )
-        self._is_checked[block_ids] = True
+        self._is_checked[positions] = True
 
     def _map_windows(self) -> Tokens:
         tokens = np.memmap(self.directory / f"{self.part}.bin", dtype=self._dtype, mode="r")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from kd.config import DataConfig, HubDataConfig, StdlibDataConfig, TextDataConfig
 from kd.data.sources.base import Documents, name_rank
-from kd.data.sources.hub import read_hub
 from kd.data.sources.stdlib import read_stdlib
 from kd.data.sources.text import read_text_files
 from kd.errors import ConfigError, DataError
@@ -129,6 +128,8 @@ def _read_source(config: DataConfig) -> Documents:
     if isinstance(config, TextDataConfig):
         return read_text_files(config)
     if isinstance(config, HubDataConfig):
+        from kd.data.sources.hub import read_hub  # here, so that the others do not wait for numpy
+
         return read_hub(config)
     raise ConfigError(f"data is a {type(config).__name__}, which names no corpus: use stdlib, text or a Hub data set.")
 

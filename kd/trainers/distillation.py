@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import TrainingConfig
+from kd.heads import logits_of
 from kd.losses import distillation_loss
-from kd.teacher import LiveTeacher, Teacher, logits_of
+from kd.teacher import LiveTeacher, Teacher
 from kd.trainers.base import Terms
-from kd.trainers.evaluation import BlockScores, score_logits
-from kd.trainers.language_model import LanguageModelTrainer
+from kd.trainers.evaluation import BlockScores, score_logits, sum_blocks
+from kd.trainers.language_model import LanguageModelTrainer, Loss
+from kd.trainers.linear import NO_TEACHER, TeacherStates
 from kd.trainers.state import Batch
 
 
@@ -73,13 +75,26 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
             for key in ("val_kl", "val_agreement", "teacher_val_ppl"):
                 self.history.notes[key] = "no teacher at hand"
 
+    def _reason_for_logits(self) -> str | None:
+        if self.teacher is not None and self.teacher.head is None:
+            return f"the teacher gives nothing else ({self.teacher.description})"
+        return None
+
     def _forward(self, batch: Batch) -> Any:
-        student = super()._forward(batch)
-        if self.config.alpha == 0:
-            return student
+        alpha = self.config.alpha
+        if alpha == 0:
+            return super()._forward(batch)
         if self.teacher is None:  # a loaded checkpoint has brought another alpha
-            raise ValueError(f"train.alpha={self.config.alpha} needs a teacher_model, and None was given")
-        return Logits(student, self.teacher.logits(batch))
+            raise ValueError(f"train.alpha={alpha} needs a teacher_model, and None was given")
+        if self.linear_loss is None:
+            return Logits(logits_of(self.model(batch["input_ids"])), self.teacher.logits(batch))
+        states = self._teacher_states(batch)
+        return Loss(*self.linear_loss(batch["input_ids"], batch["labels"], states, alpha, self.config.temperature))
+
+    def _teacher_states(self, batch: Batch) -> TeacherStates:
+        assert self.teacher is not None
+        assert self.teacher.head is not None
+        return TeacherStates.of(self.teacher.hidden(batch), self.teacher.head)
 
     def _compute_loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, Terms]:
         if not isinstance(outputs, Logits):
@@ -90,8 +105,12 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         return loss, {name: terms[name] for name in self.loss_terms}
 
     def _score_batch(self, batch: Batch, with_teacher: bool) -> BlockScores:
-        teacher = self.teacher.logits(batch) if with_teacher and self.teacher is not None else None
-        return score_logits(logits_of(self.model(batch["input_ids"])), teacher, batch["labels"])
+        teacher = self.teacher if with_teacher else None
+        if self.linear_loss is not None:
+            states = NO_TEACHER if teacher is None else self._teacher_states(batch)
+            return sum_blocks(self.linear_loss.scores(batch["input_ids"], batch["labels"], states), batch["labels"])
+        student = logits_of(self.model(batch["input_ids"]))
+        return score_logits(student, None if teacher is None else teacher.logits(batch), batch["labels"])
 
     def _flops_per_token(self) -> float:
         teacher = self.teacher.flops_per_token if self.teacher is not None and self.config.alpha > 0 else 0.0
@@ -99,4 +118,5 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         teacher = "none" if self.teacher is None else self.teacher.description
-        return {"alpha": self.config.alpha, "temperature": self.config.temperature, "teacher": teacher}
+        own = {"alpha": self.config.alpha, "temperature": self.config.temperature, "teacher": teacher}
+        return own | super()._get_extra_config_info()

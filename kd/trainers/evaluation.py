@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.linear_distillation import TokenScores
 from kd.losses import IGNORE_INDEX, token_agreement
 
 
@@ -76,6 +77,18 @@ def join(parts: Sequence[BlockScores], how: Callable[[list[Tensor]], Tensor]) ->
         column([part.agreement for part in parts]),
         column([part.teacher_nll for part in parts]),
     )
+
+
+def sum_blocks(scores: TokenScores, labels: Tensor) -> BlockScores:
+    """Return the sums over the tokens of each block of scores in the shape of the labels (B, L)."""
+
+    def total(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.double().sum(dim=1).cpu()
+
+    tokens, nll = total(labels != IGNORE_INDEX), total(scores.nll)
+    assert tokens is not None
+    assert nll is not None
+    return BlockScores(tokens, nll, total(scores.kl), total(scores.agreement), total(scores.teacher_nll))
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
-"""What the machine holds besides the model: random-number states and memory."""
+"""What the machine holds and can do: random-number states, memory, a compiler."""
 
 import resource
 import sys
 from typing import Any
 
 import torch
+
+from kd.errors import ConfigError
 
 
 def rng_state() -> dict[str, Any]:
@@ -26,3 +28,18 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
+
+
+def require_compiler(device: torch.device) -> None:
+    """Try torch's compiler on something small, so that its absence shows before anything is made.
+
+    Raises:
+        ConfigError: if it cannot compile for the device.
+    """
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.compile=true, but torch cannot compile here: {str(error).strip().splitlines()[0]} A CPU needs a "
+            "C++ compiler, a GPU needs Triton. Install it, or set train.compile=false."
+        ) from error

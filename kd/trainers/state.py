@@ -20,10 +20,10 @@ from kd.files import write_json
 from kd.model import StudentModel, forward_flops_per_token, num_parameters
 from kd.optim import configure_optimizer, cosine_schedule
 from kd.runs import History
+from kd.stop import StopSignal
 from kd.trainers.evaluation import BlockScores
 from kd.trainers.machine import peak_memory_bytes, restore_rng, rng_state
 from kd.trainers.meter import Meter
-from kd.trainers.stop import StopSignal
 
 log = logging.getLogger("kd")
 

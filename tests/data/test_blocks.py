@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import kd.data.packing
-from kd.data import PackedBlocks, build_blocks, end_of_text_id, tokenizer_object_fingerprint
+from kd.data import PackedBlocks, build_blocks, end_of_text_id, find_blocks, tokenizer_object_fingerprint
 from kd.errors import DataError, IntegrityError
 
 from .conftest import MakeCorpus
@@ -240,3 +240,16 @@ def test_a_copy_for_another_process_does_not_carry_the_tokens(build: Build) -> N
     pickled = pickle.dumps(blocks)
     assert len(pickled) < 50_000 < (blocks.directory / "train.bin").stat().st_size
     assert torch.equal(pickle.loads(pickled)[[0, 9]]["labels"], blocks[[0, 9]]["labels"])
+
+
+def test_packed_blocks_are_found_without_a_tokenizer(
+    make_corpus: MakeCorpus, byte_tokenizer: "PreTrainedTokenizerFast", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "empty"))
+    corpus = make_corpus({"train": ["some text " * 9], "validation": ["other text " * 9]})
+    assert find_blocks(corpus, "bytes", 16) is None
+    assert not (tmp_path / "empty").exists()
+    directory = build_blocks(corpus, byte_tokenizer, "bytes", 16)
+    assert find_blocks(corpus, "bytes", 16) == directory
+    assert find_blocks(corpus, "bytes", 17) is None
+    assert find_blocks(corpus, "others", 16) is None

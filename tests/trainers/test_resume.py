@@ -16,7 +16,7 @@ from kd.checkpoint import load_state
 from kd.data.blocks import PackedBlocks
 from kd.data.loaders import BlockLoader, eval_loader, train_loader
 from kd.errors import IntegrityError, Interrupted, NumericError
-from kd.trainers.stop import StopSignal
+from kd.stop import StopSignal
 
 from .helpers import (
     BYTES,

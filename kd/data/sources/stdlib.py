@@ -1,6 +1,7 @@
 """The embedded corpus: the source text of the running Python's standard library."""
 
 import io
+import os
 import platform
 import sysconfig
 import tokenize
@@ -38,16 +39,20 @@ def read_stdlib(config: StdlibDataConfig) -> Documents:
 
 
 def _modules(root: Path) -> Iterator[RawDocument]:
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_source_files(root)):
         relative = path.relative_to(root)
-        if _is_wanted(relative):
-            yield RawDocument(relative.as_posix(), relative.parts[0], _source_text(path.read_bytes()))
+        yield RawDocument(relative.as_posix(), relative.parts[0], _source_text(path.read_bytes()))
 
 
-def _is_wanted(relative: Path) -> bool:
-    if any(part.startswith(_BUILD_PREFIXES) for part in relative.parts):
-        return False
-    return _LEFT_OUT_FOLDERS.isdisjoint(relative.parts[:-1])
+def _source_files(root: Path) -> Iterator[Path]:
+    # Unlike rglob, this does not look into the folders that are left out; installed packages are most of the files.
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if _is_wanted(name) and name not in _LEFT_OUT_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py") and _is_wanted(name))
+
+
+def _is_wanted(name: str) -> bool:
+    return not name.startswith(_BUILD_PREFIXES)
 
 
 def _source_text(source: bytes) -> str:

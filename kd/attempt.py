@@ -1,0 +1,192 @@
+"""One attempt at a run: parts, trainer, training from wherever an earlier attempt ended, samples, result."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd.checkpoint_files import latest_checkpoint
+from kd.config import Config, PretrainConfig, TrainingConfig
+from kd.files import remove_leftovers, write_text
+from kd.generation import GenerationConfig, TextGenerator
+from kd.plan import Plan
+from kd.prepare import Parts, build_parts
+from kd.runs import Run, describe_environment
+from kd.stop import StopSignal
+from kd.trainers import DistillationTrainer, PretrainTrainer
+
+log = logging.getLogger("kd")
+
+AnyTrainer = DistillationTrainer | PretrainTrainer
+CPU_ALLOCATOR = "DefaultCPUAllocator"
+NUM_SAMPLES = 3
+PROMPT_TOKENS = 16
+SAMPLE_TOKENS = 64
+
+
+def attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> dict[str, Any]:
+    """Do a run, or continue it from its last checkpoint.
+
+    Args:
+        plan: What to do.
+        run: Where.
+        files: Further files for the run's directory, by relative name.
+        stop: Asked between steps whether to stop.
+
+    Returns:
+        The result, as in result.json.
+
+    Raises:
+        KDError: of the kind that fits.
+        MemoryError: if the machine has too little, on any device.
+    """
+    if plan.config.threads is not None:
+        torch.set_num_threads(plan.config.threads)
+    with _memory_errors():
+        return _attempt(plan, run, files, stop)
+
+
+def _attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> dict[str, Any]:
+    parts = build_parts(plan, stop)
+    with run.hold():
+        if plan.config.overwrite:
+            run.clear()
+        elif (result := run.result()) is not None:  # another process finished it while the parts were built
+            return result
+        run.write_configuration(files, describe_environment(plan.identity, tokenizer=asdict(parts.tokenizer)))
+        with _logged_to(run.directory / "train.log"):
+            trainer = make_trainer(plan, parts, run.directory)
+            trainer.stop = stop
+            _resume(trainer, plan.config)
+            trainer.train()
+            _score_test(trainer, parts)
+            _write_samples(run.directory / "samples.txt", parts)
+            result = _summarise(trainer)
+            run.write_result(result)
+            return result
+
+
+def make_trainer(plan: Plan, parts: Parts, run_dir: Path) -> AnyTrainer:
+    """Return the trainer that the configuration's class asks for."""
+    config = plan.config.train
+    if isinstance(config, TrainingConfig):
+        return DistillationTrainer(
+            parts.student,
+            parts.teacher,
+            parts.train_loader,
+            parts.val_loader,
+            config,
+            parts.device,
+            run_dir=run_dir,
+        )
+    assert isinstance(config, PretrainConfig)
+    return PretrainTrainer(
+        parts.student,
+        train_loader=parts.train_loader,
+        val_loader=parts.val_loader,
+        config=config,
+        device=parts.device,
+        run_dir=run_dir,
+    )
+
+
+def _resume(trainer: AnyTrainer, config: Config) -> None:
+    assert trainer.run_dir is not None
+    folder = trainer.run_dir / config.train.checkpoint_dir
+    remove_leftovers(folder)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        return
+    trainer.load_checkpoint(checkpoint)
+    # What may differ between attempts at one run follows the present command.
+    trainer.config = replace(
+        trainer.config,
+        log_interval=config.train.log_interval,
+        save_interval=config.train.save_interval,
+        compile=config.train.compile,
+    )
+    log.info("Continuing from %s", checkpoint)
+
+
+def _score_test(trainer: AnyTrainer, parts: Parts) -> None:
+    """Write the per-block scores, and score the test part, once, with the final model."""
+    assert trainer.run_dir is not None
+    assert trainer.final_scores is not None
+    trainer.final_scores.save(trainer.run_dir / "val_blocks.npy", parts.val_loader.dataset.document_ids)
+    if parts.test_loader is None:
+        return
+    scores = trainer.score(parts.test_loader, with_teacher=False)
+    scores.save(trainer.run_dir / "test_blocks.npy", parts.test_loader.dataset.document_ids)
+    trainer.record_test(scores)
+
+
+def _write_samples(path: Path, parts: Parts) -> None:
+    """Continue the beginnings of a few validation blocks."""
+    generator = TextGenerator(parts.student, parts.tokenizer.load())
+    blocks = parts.val_loader.dataset
+    sections = []
+    for index in range(0, len(blocks), max(1, len(blocks) // NUM_SAMPLES)):
+        prompt = blocks[index]["input_ids"][:PROMPT_TOKENS]
+        text = generator.decode(prompt.tolist())
+        for strategy in ("greedy", "top_p"):
+            settings = GenerationConfig(strategy=strategy, max_new_tokens=SAMPLE_TOKENS)
+            answer = generator.decode(generator.generate_ids(prompt.unsqueeze(0), settings))
+            sections.append(f"=== {strategy}\n{text}>>>{answer}\n")
+        if len(sections) >= 2 * NUM_SAMPLES:
+            break
+    write_text(path, "\n".join(sections))
+
+
+def _summarise(trainer: AnyTrainer) -> dict[str, Any]:
+    totals, validation = trainer.history.totals, trainer.history.validation
+    return {
+        "steps": trainer.step,
+        "val_loss": validation["val_loss"][-1],
+        "val_ppl": validation["val_ppl"][-1],
+        "val_kl": validation["val_kl"][-1],
+        "val_agreement": validation["val_agreement"][-1],
+        "val_bits_per_byte": validation["val_bits_per_byte"][-1],
+        "best_val_loss": trainer.best_val_loss,
+        "best_step": trainer.best_step,
+        "teacher_val_ppl": totals["teacher_val_ppl"],
+        "test_loss": totals.get("test_loss"),
+        "test_ppl": totals.get("test_ppl"),
+        "tokens": totals["tokens"],
+        "flops": totals["flops"],
+        "parameters": totals["parameters"],
+        "timing": {key: trainer.history.timing[key] for key in ("wall_seconds", "peak_memory_bytes")},
+    }
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn torch's ways of saying that memory is used up into Python's."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
+    except RuntimeError as error:
+        if CPU_ALLOCATOR not in str(error):  # torch has no class of its own for the CPU
+            raise
+        raise MemoryError(str(error)) from error
+
+
+@contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Copy all log lines to a file while the block runs, an error that ends it included."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        handler.handle(root.makeRecord(root.name, logging.ERROR, __file__, 0, str(error), (), None))
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()

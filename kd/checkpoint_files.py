@@ -1,0 +1,71 @@
+"""Which checkpoints a run has, and which of them are whole; what is in them needs `kd.checkpoint`, and torch."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from kd.errors import DataError, IntegrityError
+from kd.files import check_directory, read_json
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = "model.safetensors"
+
+
+def latest_checkpoint(parent: Path) -> Path | None:
+    """Return the `checkpoint-{step}` with the highest step that is whole, or None where there is none at all.
+
+    Damaged ones are passed over with a warning.
+
+    Raises:
+        IntegrityError: if there are checkpoints but every one is damaged.
+    """
+    found = [(int(match[1]), path) for path in parent.glob("checkpoint-*") if (match := _step_of(path))]
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_directory(path, digests=True)
+        except IntegrityError as error:
+            log.warning("Passing over a damaged checkpoint: %s", error)
+            continue
+        return path
+    if found:
+        raise IntegrityError(
+            f"All {len(found)} checkpoints in {parent} are damaged, so the run cannot be continued. "
+            "Remove that folder, or set overwrite=true, to start it afresh."
+        )
+    return None
+
+
+def _step_of(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a path means: a run's last one, or the checkpoint itself.
+
+    Raises:
+        DataError: if there is none.
+        IntegrityError: if all of a run's checkpoints are damaged.
+    """
+    if (path / MODEL_FILE).is_file():
+        return path
+    # The folder's name is the run's train.checkpoint_dir.
+    for folder in sorted({found.parent for found in path.glob("**/checkpoint-*/")}):
+        if (latest := latest_checkpoint(folder)) is not None:
+            return latest
+    raise DataError(f"{path} holds no checkpoint: give a run's directory, like outputs/<name>/<run>.")
+
+
+def run_record(path: Path) -> dict[str, Any]:
+    """Return environment.json of the run that a path (a run's directory or a checkpoint in it) belongs to.
+
+    Raises:
+        DataError: if it belongs to no run.
+    """
+    for directory in (path, *path.resolve().parents[:3]):
+        if (directory / "environment.json").is_file():
+            record = read_json(directory / "environment.json")
+            assert isinstance(record, dict)
+            return record
+    raise DataError(f"{path} is not a run: give a directory like outputs/<name>/<run>.")

@@ -1,0 +1,194 @@
+"""Where a pretrained teacher's files are and what they say, without loading it: no torch, and rarely transformers."""
+
+import importlib.util
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.config import HubTeacherConfig, LocalTeacherConfig
+from kd.data.hub_access import hub_is_reachable, one_line
+from kd.errors import ConfigError, DataError
+from kd.files import digest_of, file_digest
+from kd.gguf_header import read_gguf_sizes
+
+log = logging.getLogger("kd")
+
+HUB_TIMEOUT_SECONDS = 10.0
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
+
+@dataclass(frozen=True)
+class PretrainedTeacher:
+    """A pretrained teacher whose files were found; `kd.teacher` loads its weights."""
+
+    model_id: str
+    revision: str | None
+    gguf_file: str | None
+    dtype: str
+    fingerprint: str
+    """Identity by content: of the files, or of the Hub's commit; with the dtype."""
+    vocab_size: int
+    """Columns of its logits."""
+    max_seq_len: int | None
+    """Longest sequence that it was made for, if it says so."""
+
+
+def find_teacher(config: HubTeacherConfig | LocalTeacherConfig) -> PretrainedTeacher:
+    """Find a pretrained teacher's files and read its configuration, without its weights.
+
+    Raises:
+        DataError: if it is not there, or not in the local cache and the Hub cannot be reached.
+    """
+    if isinstance(config, LocalTeacherConfig):
+        return _describe(config.path, None, config.gguf_file, config.dtype, _local_fingerprint(config))
+    if Path(config.model_id).is_dir():
+        fingerprint = _directory_fingerprint(Path(config.model_id), config.model_id)
+        return _describe(config.model_id, config.revision, None, config.dtype, fingerprint)
+    location, commit = _locate_on_hub(config.model_id, config.revision)
+    return _describe(location, commit, None, config.dtype, commit)
+
+
+def _describe(
+    model_id: str, revision: str | None, gguf_file: str | None, dtype: str, content: str
+) -> PretrainedTeacher:
+    try:
+        vocab_size, max_seq_len = _sizes(model_id, revision, gguf_file)
+    except load_errors() as error:
+        raise DataError(cannot_load(model_id, revision, gguf_file, error)) from error
+    fingerprint = digest_of({"content": content, "dtype": dtype})
+    return PretrainedTeacher(model_id, revision, gguf_file, dtype, fingerprint, vocab_size, max_seq_len)
+
+
+def _sizes(model_id: str, revision: str | None, gguf_file: str | None) -> tuple[int, int | None]:
+    """Vocabulary size and longest sequence of a model."""
+    if gguf_file is not None:
+        _check_gguf_libraries()
+        sizes = read_gguf_sizes(Path(model_id) / gguf_file)
+        return sizes.vocab_size, sizes.max_seq_len
+    fields = json.loads(_config_file(model_id, revision).read_text(encoding="utf-8"))
+    text = fields.get("text_config") or fields if isinstance(fields, dict) else None
+    if not isinstance(text, dict):
+        raise ValueError("its config.json is not an object of named values")
+    vocab_size, max_seq_len = text.get("vocab_size"), text.get("max_position_embeddings")
+    # What a file does not say is a default of the model's class, and whether a class exists without the
+    # repository's own code ("auto_map"), the library knows. Both are rare, and cost the time it takes to import.
+    if vocab_size is None or max_seq_len is None or "model_type" not in fields or "auto_map" in fields:
+        return _sizes_by_class(model_id, revision)
+    return int(vocab_size), int(max_seq_len)
+
+
+def _config_file(model_id: str, revision: str | None) -> Path:
+    if Path(model_id).is_dir():
+        return Path(model_id) / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(model_id, "config.json", revision=revision))
+
+
+def _sizes_by_class(model_id: str, revision: str | None) -> tuple[int, int | None]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_id, revision=revision or "main", trust_remote_code=False)
+    text = config.get_text_config()
+    return text.vocab_size, text.to_dict().get("max_position_embeddings")
+
+
+def _check_gguf_libraries() -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"not installed: {', '.join(missing)}; pip install them")
+
+
+def _local_fingerprint(config: LocalTeacherConfig) -> str:
+    directory = Path(config.path)
+    if not directory.is_dir():
+        raise DataError(f"teacher.path={config.path} is not a directory: give the folder that holds the model.")
+    if config.gguf_file is None:
+        return _directory_fingerprint(directory, config.path)
+    file = directory / config.gguf_file
+    if not file.is_file():
+        there = ", ".join(sorted(path.name for path in directory.glob("*.gguf"))) or "none"
+        raise DataError(f"teacher.gguf_file={config.gguf_file} is not in {config.path}; GGUF files there: {there}.")
+    return file_digest(file)
+
+
+def _directory_fingerprint(directory: Path, given: str) -> str:
+    files = sorted({path for pattern in WEIGHT_FILES for path in directory.glob(pattern)})
+    if not any(path.suffix == ".safetensors" for path in files) or not (directory / "config.json").is_file():
+        raise DataError(
+            f"The teacher's directory {given} must hold config.json and *.safetensors "
+            "(or name a GGUF file: teacher=local teacher.path=DIR teacher.gguf_file=FILE)."
+        )
+    return digest_of({path.name: file_digest(path) for path in files})
+
+
+def _locate_on_hub(model_id: str, revision: str | None) -> tuple[str, str]:
+    """Where to load a Hub model from, and its commit: the Hub's word if it can be reached, else the local cache's."""
+    from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:
+        raise DataError(
+            f"teacher.model_id={model_id} is neither a directory nor a Hub id: {one_line(error)}"
+        ) from error
+    reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
+    try:
+        if hub_is_reachable():
+            commit = HfApi().model_info(model_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
+            assert commit is not None
+            return model_id, commit
+    except HfHubHTTPError as error:
+        reason = f"the Hub answers: {one_line(error)}"
+    except Exception as error:  # a connection that breaks: its types change with the client's HTTP library
+        reason = f"the Hub cannot be reached: {one_line(error)}"
+    try:
+        cached = hf_hub_download(model_id, "config.json", revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        raise DataError(
+            f"teacher.model_id={model_id} is not in the local cache, and {reason}. Fetch it where there is a network: "
+            f"{fetch_command(model_id, revision)}  -- or use a local copy: teacher=local teacher.path=DIR."
+        ) from error
+    log.info("Using the cached copy of %s, since %s", model_id, reason)
+    snapshot = Path(cached).parent  # by path: under its id every file would be asked of the Hub again
+    return str(snapshot), snapshot.name
+
+
+def check_vocabulary(teacher_vocab: int, student_vocab: int) -> None:
+    """Check that both models' logits have the same columns.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    if teacher_vocab != student_vocab:
+        raise ConfigError(
+            f"model.vocab_size={student_vocab}, but the teacher's logits have {teacher_vocab} columns, so they cannot "
+            f"be compared: set model.vocab_size={teacher_vocab}."
+        )
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """Return what the libraries raise for files that are missing, damaged, or of other shapes than config.json says."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError
+
+
+def cannot_load(model_id: str, revision: str | None, gguf_file: str | None, error: Exception) -> str:
+    """Return the message for a model that cannot be read, in one line: what is wrong and the way out."""
+    what = f"The teacher {model_id}" + (f" ({gguf_file})" if gguf_file else "")
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if gguf_file and isinstance(error, ImportError | ValueError) and "pip install" in str(error):
+        return f"{what} needs the libraries that read GGUF: pip install 'kd-train[gguf]'. ({first_line})"
+    if Path(model_id).is_dir():
+        return f"{what} cannot be loaded: {first_line}. The directory must hold config.json and *.safetensors."
+    return f"{what} cannot be loaded: {first_line}. Fetch it with: {fetch_command(model_id, revision)}"
+
+
+def fetch_command(model_id: str, revision: str | None) -> str:
+    """Return the shell command that puts a Hub model into the local cache."""
+    return f"hf download {model_id}" + (f" --revision {revision}" if revision else "")
