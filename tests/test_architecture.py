@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kd"
 FLOORS = (
     {"errors"},  # the others of floor 0 raise them
-    {"__init__", "config", "files", "stop", "gguf_header"},
+    {"__init__", "config", "files", "stop", "gguf_header", "sweep_share"},
     {"checkpoint_files"},
     {"model", "losses", "optim", "distributed", "checkpoint", "runs", "cache", "tiles"},
     {"linear_distillation", "heads", "data", "analysis"},
@@ -23,13 +23,15 @@ FLOORS = (
     {"plan"},
     {"teacher_choice"},
     {"prepare", "composition"},
-    {"attempt"},
-    {"job"},
+    {"attempt", "sweep_points", "sweep_jobs"},
+    {"job", "sweep"},
+    {"sweeper"},
     {"train", "evaluate", "generate", "export", "compare", "verify", "selftest"},
+    {"sweep_child"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TUTORIAL = "tutorial"
-KNOWS_HYDRA = {"train", "evaluate", "composition"}
+KNOWS_HYDRA = {"train", "evaluate", "composition", "sweep_points", "sweep", "sweeper"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -119,7 +120,9 @@ def _compare_side_by_side(commands: dict[str, list[str]], rounds: int) -> list[M
 
 
 def _start(command: list[str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # As kd.train sets it: otherwise idle threads spin, and any other work on the machine slows a variant manifold.
+    environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def _measure_once(child: "subprocess.Popen[str]", result: Measurement, is_warm_up: bool) -> None:

@@ -147,9 +147,8 @@ _SHORT = ("train.log_interval=1", "train.eval_interval=1", "train.save_interval=
 # --- timing ------------------------------------------------------------------------------------------------------
 
 
-def compare(work: Workplace) -> list[Point]:
+def compare(work: Workplace, points: Sequence[Point]) -> None:
     """Run each point both ways; which goes first alternates."""
-    points = [Point(alpha, temperature) for alpha, temperature in product(ALPHAS, TEMPERATURES)]
     for index, point in enumerate(points):
         live, cached = f"live-{index}", f"cached-{index}"
         for is_cached in (False, True) if index % 2 == 0 else (True, False):
@@ -159,7 +158,6 @@ def compare(work: Workplace) -> list[Point]:
                 point.live_seconds = work.run(live, ["teacher.cache=off", *point.overrides])
         point.live_ppl, point.cached_ppl = work.perplexity(live), work.perplexity(cached)
         print(_row(point), flush=True)
-    return points
 
 
 def _row(point: Point) -> str:
@@ -203,28 +201,26 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
 # --- counting ----------------------------------------------------------------------------------------------------
 
 
-def count(work: Workplace) -> bool:
+def count(work: Workplace, points: Sequence[Point]) -> bool:
     """Run the cached points with hooks, undisturbed and with a killed build; return whether all is as it should be."""
-    _run_points(work)
+    _run_points(work, points)
     expected = blocks_of(work)
     once = _compare_counts("undisturbed", work, expected, may_repeat=0)
     work.forget()
-    _kill_first_build(work, sum(expected.values()) // 2)
-    _run_points(work)
+    _kill_first_build(work, points[0], sum(expected.values()) // 2)
+    _run_points(work, points)
     shard = max(read_json(meta)["shard_blocks"] for meta in (work.cache / STATES).glob("*/meta.json"))
     # What was computed for a shard that never got to the disk must be computed again.
     return _compare_counts("killed half-way", work, expected, may_repeat=shard) and once
 
 
-def _run_points(work: Workplace) -> None:
-    for index, (alpha, temperature) in enumerate(product(ALPHAS, TEMPERATURES)):
-        work.run(f"counted-{index}", ["teacher.cache=auto", *Point(alpha, temperature).overrides], counted=True)
+def _run_points(work: Workplace, points: Sequence[Point]) -> None:
+    for index, point in enumerate(points):
+        work.run(f"counted-{index}", ["teacher.cache=auto", *point.overrides], counted=True)
 
 
-def _kill_first_build(work: Workplace, rows: int) -> None:
-    process = work.start(
-        "counted-0", ["teacher.cache=auto", *Point(ALPHAS[0], TEMPERATURES[0]).overrides], counted=True
-    )
+def _kill_first_build(work: Workplace, point: Point, rows: int) -> None:
+    process = work.start("counted-0", ["teacher.cache=auto", *point.overrides], counted=True)
     while sum(seen_rows(work).values()) < rows:
         if process.poll() is not None:
             raise RuntimeError(f"the build ended (code {process.returncode}) before it could be killed")
@@ -277,6 +273,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--job", default="embedded", choices=list(BARS))
     parser.add_argument("--teacher", type=Path, help="smollm2: the folder of the GGUF file")
     parser.add_argument("--gguf", help="smollm2: the name of the GGUF file")
+    few = "fewer than the default make the cache look worse: its build is shared by fewer runs"
+    parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS, help=few)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES, help=few)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each process")
     parser.add_argument("--work", type=Path, help="where runs are made; default: outputs/benchmarks/sweep-JOB")
     parser.add_argument("--count", action="store_true", help="count blocks instead of seconds")
@@ -297,16 +296,21 @@ def main() -> None:
     directory = args.work or REPOSITORY / "outputs" / "benchmarks" / f"sweep-{args.job}"
     work = Workplace(directory, [f"threads={args.threads}", *job, *args.overrides])
     work.prepare()
+    points = [Point(alpha, temperature) for alpha, temperature in product(args.alphas, args.temperatures)]
     if args.count:
-        sys.exit(0 if count(work) else 1)
+        sys.exit(0 if count(work, points) else 1)
     print("alpha temperature   live s cached s  ratio    live ppl  cached ppl difference")
-    points = compare(work)
+    compare(work, points)
     ratio, difference = report(points, args.job)
     settings = {"job": args.job, "threads": args.threads, "overrides": args.overrides}
     settings |= {"ratio": ratio, "largest_ppl_difference": difference}
     name = args.name or f"sweep-{args.job}"
     write_json(name, settings, [asdict(point) for point in points])
-    plot(points, RESULTS / f"{name}.png", f"Nine points, job {args.job}: the cache takes {ratio:.2f} of the time")
+    plot(
+        points,
+        RESULTS / f"{name}.png",
+        f"{len(points)} points, job {args.job}: the cache takes {ratio:.2f} of the time",
+    )
 
 
 if __name__ == "__main__":

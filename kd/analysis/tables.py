@@ -1,0 +1,148 @@
+"""Tables for readers: the same rows as text, Markdown and HTML."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from kd.analysis.comparison import Comparison
+from kd.analysis.loading import Runs
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+
+    def text(self) -> str:
+        """Return the table with aligned columns."""
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def number_text(value: float, digits: int = 4) -> str:
+    """Return a number for readers; a dash where it is unknown."""
+    return "-" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def spread_text(mean: float, sd: float) -> str:
+    """Return `mean +- SD`; without the SD where it is unknown."""
+    return number_text(mean) + ("" if math.isnan(sd) else f" +- {sd:.2g}")
+
+
+def interval_text(estimate: float, low: float, high: float) -> str:
+    """Return a difference with its interval, or with the words that there is none."""
+    if math.isnan(estimate):
+        return "-"
+    return f"{estimate:+.4f} ({'no interval' if math.isnan(low) else f'{low:+.4f} to {high:+.4f}'})"
+
+
+def grid_table(comparison: Comparison) -> Table:
+    """Return perplexity by alpha and temperature."""
+    frame = comparison.table()
+    title = f"Perplexity ({comparison.part} part), mean +- SD over seeds"
+    if frame.empty:
+        return Table(title, ["alpha"], [])
+    names = [*comparison.panels, "alpha"]
+    frame = frame.reset_index()
+    header = [*names, *("any T" if column == "-" else str(column) for column in frame.columns[len(names) :])]
+    rows = [[_cell(value) for value in line] for line in frame.itertuples(index=False)]
+    return Table(title, header, rows)
+
+
+def _cell(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings_table(comparison: Comparison) -> Table:
+    """Return the settings by rank, with their differences to the best and to the baseline."""
+    part = "test" if comparison.part == "test" else "val"
+    header = [
+        "setting",
+        "verdict",
+        "seeds",
+        "val ppl",
+        f"{comparison.part} ppl",
+        "to the best (nats)",
+        "to the baseline (nats)",
+    ]
+    header += ["gap closed"]
+    rows = []
+    for values in _ranked(comparison).to_dict("records"):
+        verdict = (
+            "best" if values["is_best"] else "equal" if values["in_set"] else ("worse" if comparison.has_set else "-")
+        )
+        cells = [
+            str(values["label"]),
+            verdict,
+            str(values["seeds"]),
+            spread_text(values["val_ppl"], values["val_ppl_sd"]),
+        ]
+        cells += [spread_text(values[f"{part}_ppl"], values[f"{part}_ppl_sd"])]
+        cells += [interval_text(values["difference"], values["low"], values["high"])]
+        cells += [interval_text(*(values[f"baseline_{name}"] for name in ("difference", "low", "high")))]
+        gap = values["gap_closed"]
+        rows.append([*cells, "-" if math.isnan(gap) else f"{gap:.0%}"])
+    return Table("Settings, lowest validation loss first", header, rows)
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """Return what the settings cost, means over seeds, in the same order."""
+    header = [
+        "setting",
+        "tokens",
+        "FLOPs",
+        "wall-clock (s)",
+        "parameters",
+        "KL to teacher (nats)",
+        "agreement",
+        "clip rate",
+    ]
+    names = ("tokens", "flops", "wall_seconds", "parameters", "val_kl", "val_agreement", "clip_rate")
+    rows = [
+        [str(row["label"]), *(_amount(float(row[name])) for name in names)]
+        for row in _ranked(comparison).to_dict("records")
+    ]
+    return Table("Cost, and likeness to the teacher (validation part)", header, rows)
+
+
+def _amount(value: float) -> str:
+    """A count in full, up to millions; anything else by three digits."""
+    whole = math.isfinite(value) and value == int(value) and 1000 <= value < 1e8
+    return f"{value:,.0f}" if whole else number_text(value, 3)
+
+
+def _ranked(comparison: Comparison) -> pd.DataFrame:
+    settings = comparison.settings
+    return settings.sort_values("val_loss", kind="stable") if len(settings) else settings
+
+
+def undone_table(runs: Runs) -> Table:
+    """Return the runs that are not done, with what is known of them."""
+    undone = runs.runs[runs.runs["state"] != "done"]
+    rows = [[str(row["run"]), str(row["state"]), str(row["error"])[:300] or "-"] for row in undone.to_dict("records")]
+    return Table("Runs that are not done", ["run", "state", "error"], rows)
+
+
+def plain_tables(comparison: Comparison, runs: Runs) -> Sequence[Table]:
+    """Return all tables that have rows, in the order of the report."""
+    tables = [undone_table(runs)]
+    if len(comparison.settings):
+        tables = [grid_table(comparison), settings_table(comparison), cost_table(comparison), *tables]
+    return [table for table in tables if table.rows]

@@ -1,0 +1,259 @@
+"""The answer of a sweep: chosen on validation, quoted from the test part, and in words where the data say nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kd.analysis import Comparison, Runs, compare, compare_pair, load_runs, verdict
+from kd.errors import DataError
+from kd.files import read_json
+
+from .synthetic_runs import TEACHER_LOSS, Sweep, fail, make_grid
+
+
+def outcome(root: str = "outputs") -> tuple[Runs, Comparison, str]:
+    """Load, compare and say it."""
+    runs = load_runs(root)
+    comparison = compare(runs)
+    return runs, comparison, " ".join([*verdict(comparison), *comparison.notes])
+
+
+def row_of(comparison: Comparison, label: str) -> "dict[str, float]":
+    """Return a setting's row."""
+    (row,) = comparison.settings[comparison.settings["label"] == label].to_dict("records")
+    return {str(key): value for key, value in row.items()}
+
+
+def test_the_answer_is_the_best_and_its_equals() -> None:
+    make_grid(Sweep(documents=20))
+    _, comparison, words = outcome()
+    assert comparison.best is not None
+    assert {str(comparison.best["label"]), *comparison.equals} == {"alpha 1, T 1", "alpha 1, T 2"}
+    assert f"Cannot be told from it (95% confidence), 1 of 4: {comparison.equals[0]}." in words
+    assert "seeds (3 a setting) and documents (20)" in words
+
+
+def test_means_and_deviations_are_those_of_the_raw_files() -> None:
+    make_grid(Sweep())
+    _, comparison, _ = outcome()
+    for directory_name, label in (("alpha0.5-temperature2", "alpha 0.5, T 2"), ("alpha0", "alpha 0")):
+        found = list(Path("outputs/made").glob(f"{directory_name}-seed*"))
+        perplexities = [read_json(path / "history.json")["test_ppl"] for path in found]
+        row = row_of(comparison, label)
+        assert row["seeds"] == len(found) == 3
+        assert row["test_ppl"] == pytest.approx(np.mean(perplexities))
+        assert row["test_ppl_sd"] == pytest.approx(np.std(perplexities, ddof=1))
+    table = comparison.table()
+    assert list(table.columns) == ["-", "T=1", "T=2"]
+    assert table.iloc[0].tolist()[1:] == ["", ""]
+    assert str(table.iloc[0, 0]).startswith(f"{row_of(comparison, 'alpha 0')['test_ppl']:.4g} +- ")
+
+
+def test_validation_chooses_and_the_test_part_is_quoted() -> None:
+    sweep = Sweep()
+    for seed in range(2):
+        sweep.add(0.0, 1, 5.0, seed)
+        sweep.add(0.5, 1, 4.0, seed, test_shift=0.5)
+        sweep.add(1.0, 1, 4.2, seed)
+    _, comparison, words = outcome()
+    assert comparison.best is not None
+    assert comparison.best["label"] == "alpha 0.5, T 1"
+    other = row_of(comparison, "alpha 1, T 1")
+    assert other["difference"] == pytest.approx(-0.3, abs=0.05)
+    assert "test perplexity" in words
+
+
+def test_without_a_test_part_the_words_say_so() -> None:
+    make_grid(Sweep(), test=False)
+    _, comparison, words = outcome()
+    assert comparison.part == "validation"
+    assert "There is no test part" in words
+
+
+def test_the_gap_closed_is_counted_in_nats() -> None:
+    make_grid(Sweep())
+    _, comparison, _ = outcome()
+    baseline, student = row_of(comparison, "alpha 0"), row_of(comparison, "alpha 0.5, T 1")
+    expected = (baseline["val_loss"] - student["val_loss"]) / (baseline["val_loss"] - TEACHER_LOSS)
+    assert student["gap_closed"] == pytest.approx(expected)
+    assert baseline["gap_closed"] == 0
+
+
+def test_two_learning_rates_each_have_their_baseline() -> None:
+    sweep = Sweep()
+    make_grid(sweep, seeds=2)
+    for seed in range(2):
+        sweep.add(0.0, 1, 6.0, seed, learning_rate=1e-3)
+        sweep.add(1.0, 1, 5.5, seed, learning_rate=1e-3)
+    _, comparison, _ = outcome()
+    assert comparison.panels == ["learning_rate"]
+    slow = row_of(comparison, "alpha 1, T 1, learning_rate 0.001")
+    fast = row_of(comparison, "alpha 1, T 1, learning_rate 0.003")
+    assert slow["baseline_difference"] == pytest.approx(-0.5, abs=0.05)
+    assert fast["baseline_difference"] == pytest.approx(-0.8, abs=0.05)
+    assert len(comparison.table()) == 5
+
+
+# --- what the data do not say -------------------------------------------------------------------------------------
+
+
+def test_one_seed_speaks_of_that_seed_only() -> None:
+    make_grid(Sweep(documents=20), seeds=1)
+    _, comparison, words = outcome()
+    assert "Another seed may rank them differently" in words
+    assert comparison.has_set
+    row = row_of(comparison, "alpha 0")
+    assert row["low"] < row["difference"] < row["high"]
+    assert math.isnan(row["half_by_seeds"])
+
+
+def test_one_seed_and_few_documents_have_no_interval() -> None:
+    make_grid(Sweep(documents=3), seeds=1)
+    _, comparison, words = outcome()
+    assert not comparison.has_set
+    assert comparison.equals == []
+    assert comparison.settings["low"].isna().all()
+    assert "no interval and no set of equals is given" in words
+    assert "cannot say" in words
+
+
+def test_unknown_documents_are_not_guessed() -> None:
+    sweep = Sweep()
+    make_grid(sweep, seeds=2)
+    for path in sweep.root.glob("*/*_blocks.npy"):
+        table = np.load(path)
+        table["document"] = -1
+        np.save(path, table)
+    _, comparison, words = outcome()
+    assert comparison.has_set
+    assert "does not say which blocks are of one document" in words
+    assert comparison.settings["half_by_documents"].isna().all()
+
+
+def test_blocks_that_do_not_pair_are_not_paired() -> None:
+    sweep = Sweep()
+    make_grid(sweep, seeds=2)
+    path = next(sweep.root.glob("alpha1-*seed1*")) / "val_blocks.npy"
+    table = np.load(path)
+    table["document"] = table["document"][::-1].copy()
+    np.save(path, table)
+    assert "are not the same" in outcome()[2]
+
+
+def test_a_single_run() -> None:
+    Sweep().add(0.5, 1, 4.5)
+    _, comparison, words = outcome()
+    assert "Only one setting is finished (alpha 0.5, T 1" in words
+    assert not comparison.has_set
+
+
+def test_no_baseline() -> None:
+    sweep = Sweep()
+    for seed in range(2):
+        sweep.add(0.5, 1, 4.5, seed)
+        sweep.add(1.0, 1, 4.2, seed)
+    _, comparison, words = outcome()
+    assert "There is no baseline (train.alpha=0)" in words
+    assert comparison.settings["gap_closed"].isna().all()
+
+
+def test_the_baseline_may_win() -> None:
+    sweep = Sweep()
+    for seed in range(2):
+        sweep.add(0.0, 1, 4.0, seed)
+        sweep.add(1.0, 1, 4.5, seed)
+    assert "The best setting is the baseline itself" in outcome()[2]
+
+
+def test_a_teacher_no_better_than_the_baseline_leaves_no_gap() -> None:
+    sweep = Sweep()
+    for seed in range(2):
+        sweep.add(0.0, 1, TEACHER_LOSS - 0.5, seed)
+        sweep.add(1.0, 1, TEACHER_LOSS - 0.9, seed)
+    assert "share of the gap to the teacher is not known" in outcome()[2]
+
+
+def test_equal_losses() -> None:
+    sweep = Sweep(document_spread=0.0, seed_spread=0.0)
+    for alpha in (0.0, 0.5, 1.0):
+        for seed in range(2):
+            sweep.add(alpha, 1, 4.5, seed)
+    _, comparison, words = outcome()
+    assert "All validation losses are equal" in words
+    assert not comparison.has_set
+    assert comparison.settings["low"].isna().all()
+
+
+def test_seeds_and_documents_that_agree_to_the_last_digit() -> None:
+    sweep = Sweep(document_spread=0.0, seed_spread=0.0)
+    for alpha in (0.0, 0.5, 1.0):
+        for seed in range(2):
+            sweep.add(alpha, 1, 4.5 - alpha, seed)
+    _, comparison, words = outcome()
+    assert "no noise to measure against" in words
+    assert comparison.settings["low"].isna().all()
+
+
+def test_nothing_finished() -> None:
+    fail(Path("outputs/made"), "alpha1-temperature1-seed0-0123abcd", "x")
+    _, comparison, words = outcome()
+    assert comparison.best is None
+    assert "No run is finished" in words
+
+
+def test_a_run_without_a_final_loss_stays_out() -> None:
+    sweep = Sweep()
+    make_grid(sweep, seeds=2)
+    path = next(sweep.root.glob("alpha1-temperature1-seed0-*"))
+    for name in ("history.json", "result.json"):
+        content = json.loads((path / name).read_text())
+        content["val_loss"] = None
+        (path / name).write_text(json.dumps(content))
+    runs, comparison, words = outcome()
+    assert any("no final validation loss" in problem for problem in runs.problems)
+    assert row_of(comparison, "alpha 1, T 1")["seeds"] == 1
+    assert "different numbers of seeds" in words
+
+
+def test_runs_on_other_text_are_not_mixed_in() -> None:
+    sweep = Sweep()
+    make_grid(sweep, seeds=2)
+    path = next(sweep.root.glob("alpha1-temperature1-seed0-*")) / "environment.json"
+    content = json.loads(path.read_text())
+    content["identity"]["corpus"] = "d" * 64
+    path.write_text(json.dumps(content))
+    _, comparison, words = outcome()
+    assert "left out: 1 of 10 finished runs" in words
+    assert comparison.settings["seeds"].sum() == 9
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_compared_by_document_on_the_test_part() -> None:
+    sweep = Sweep(documents=20)
+    first, second = sweep.add(0.0, 1, 5.0), sweep.add(1.0, 1, 4.5)
+    pair = compare_pair(load_runs("outputs"), first, second.name)
+    tables = [np.load(path / "test_blocks.npy") for path in (first, second)]
+    expected = (tables[0]["nll"].sum() - tables[1]["nll"].sum()) / tables[0]["tokens"].sum()
+    assert pair.part == "test"
+    assert pair.interval.estimate == pytest.approx(expected)
+    assert pair.interval.low < 0.5 < pair.interval.high
+    assert "20 documents" in pair.sentence
+
+
+def test_a_pair_without_documents_has_no_interval() -> None:
+    sweep = Sweep(documents=2)
+    first, second = sweep.add(0.0, 1, 5.0), sweep.add(1.0, 1, 4.5)
+    pair = compare_pair(load_runs("outputs"), first, second)
+    assert not pair.interval.known
+    assert "There is no interval" in pair.sentence
+
+
+def test_an_unknown_run_is_named() -> None:
+    Sweep().add(0.0, 1, 5.0)
+    with pytest.raises(DataError, match="nowhere is not among the finished runs"):
+        compare_pair(load_runs("outputs"), "nowhere", "nowhere")
