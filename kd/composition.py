@@ -42,8 +42,24 @@ SCHEMAS: dict[str, type] = {
 }
 """Name under which a YAML file in conf/ lists its class (`/schema/<name>@_here_`)."""
 
+CONFIG_NAME = "config"
+"""The file in conf/ that lists everything else."""
+SWEEPER = "hydra_plugins.kd.GridSweeper"
+"""What Hydra calls our sweeper: it takes plugins by a name under `hydra_plugins` only."""
+
 NOT_AN_OPTION = "Config group override must be a string"
 """How Hydra begins its plain ValueError for `teacher=null` or `model=7`."""
+
+
+LAUNCHERS = "hydra/launcher/"
+
+
+@dataclasses.dataclass
+class SweeperConfig:
+    """What `hydra.sweeper` holds: the class of `kd.sweeper`, and the values by key that files of `sweep/` give."""
+
+    _target_: str = SWEEPER
+    params: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def conf_dir() -> str:
@@ -66,6 +82,7 @@ def register_schemas() -> None:
             for group in ("train", "data", "teacher"):
                 node[group] = MISSING
         store.store(group="schema", name=name, node=node, package="_global_" if cls is Config else "_group_")
+    store.store(group="hydra/sweeper", name="kd", node=SweeperConfig, provider="kd")
     # Hydra deep-copies its store some 90 times to print --help, half of that command's time; yet what it takes out
     # of the store, it copies again.
     store.repo = _SharedDict(store.repo)
@@ -150,4 +167,6 @@ def _explain_composition(error: Exception) -> str:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}. See python -m kd.train --cfg job for the values."
     lines = [line for line in str(error).splitlines() if line.strip() and "provider=" not in line]
     text = " ".join(line.strip() for line in lines if "search path" not in line)
+    if LAUNCHERS in text:
+        return f"{text} joblib needs pip install 'kd-train[sweep]'; submitit and slurm need 'kd-train[slurm]'."
     return f"{text} (python -m kd.train --help lists groups and keys)"

@@ -7,6 +7,7 @@ outputs/<name>/<settings>-<hash>/
   checkpoints/             checkpoint-{step}/
   val_blocks.npy, test_blocks.npy, samples.txt, train.log
   result.json              written last: the run is done
+  failure.json             how the last attempt of a sweep at it failed; the next attempt removes it
 """
 
 import importlib.metadata
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ from kd.files import canonical_json, digest_of, file_digest, read_json, write_js
 log = logging.getLogger(__name__)
 
 OUTPUTS = Path("outputs")
+RESULT, FAILURE, ENVIRONMENT, LOCK = "result.json", "failure.json", "environment.json", ".lock"
+PATIENCE_SECONDS = 0.3
+"""How long a lock is asked for before its run counts as held: whoever reads a state holds it for an instant."""
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core")
 NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval", "compile")
@@ -131,6 +136,115 @@ def check_outputs(experiment: str) -> None:
         raise ResourceError(f"{existing.absolute()} cannot be written: change its permissions or work elsewhere.")
 
 
+class RunState(StrEnum):
+    """What a run's directory says about it."""
+
+    PLANNED = "planned"
+    """Nothing was made yet."""
+    RUNNING = "running"
+    """A live process holds it."""
+    INTERRUPTED = "interrupted"
+    """Begun and given up; the same command goes on from the last checkpoint."""
+    FAILED = "failed"
+    """The last attempt ended with a fault, or the result cannot be read."""
+    DONE = "done"
+    """The result is there."""
+
+
+def run_state(directory: Path) -> RunState:
+    """Return the state of the run in a directory, from the disk alone; nothing is made or changed."""
+    before = _finished(directory)
+    held = before is None and is_held(directory)
+    # Asked again: a run may end between the two questions, and it writes its result before it lets go.
+    finished = before if before is not None else _finished(directory)
+    if finished is not None:
+        return finished
+    if held:
+        return RunState.RUNNING
+    if (directory / FAILURE).is_file():
+        return RunState.FAILED
+    begun = directory.is_dir() and any(path.name != LOCK for path in directory.iterdir())
+    return RunState.INTERRUPTED if begun else RunState.PLANNED
+
+
+def _finished(directory: Path) -> RunState | None:
+    try:
+        return None if read_result(directory) is None else RunState.DONE
+    except IntegrityError:
+        return RunState.FAILED
+
+
+def is_held(directory: Path) -> bool:
+    """Return whether a live process holds the run in a directory; makes nothing."""
+    if not (directory / LOCK).is_file():
+        return False
+    lock = FileLock(directory / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # a folder of somebody else's, which no process of ours can hold
+        return False
+    lock.release()
+    return False
+
+
+def holder_of(directory: Path) -> str:
+    """Return in words which process holds, or last held, the run in a directory."""
+    try:
+        process = read_json(directory / ENVIRONMENT)["process"]
+        return f"process {process['pid']} on {process['host']}"
+    except (IntegrityError, KeyError, TypeError):
+        return "another process"
+
+
+def read_result(directory: Path) -> dict[str, Any] | None:
+    """Return the result of the run in a directory, or None while it is not done.
+
+    Raises:
+        IntegrityError: if the file is there but unreadable.
+    """
+    file = directory / RESULT
+    if not file.is_file():
+        return None
+    result = read_json(file)
+    if not isinstance(result, dict) or result.get("state") != "done":
+        raise IntegrityError(f"{file} is not a result. Set overwrite=true to do the run again.")
+    return result
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How an attempt at a run ended that failed."""
+
+    error: str
+    """In a line, with the way out where one is known."""
+    exit_code: int | None
+    """Of its process; minus the signal's number if one killed it."""
+    log: str
+    """File with all that it printed."""
+
+
+def write_failure(directory: Path, failure: Failure) -> None:
+    """Record in a run's directory, made if need be, that the last attempt failed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / FAILURE, asdict(failure))
+
+
+def read_failure(directory: Path) -> Failure | None:
+    """Return how the last attempt at the run in a directory failed; None if nothing readable says that it did."""
+    try:
+        values = read_json(directory / FAILURE)
+        return Failure(str(values["error"]), values["exit_code"], str(values["log"]))
+    except (IntegrityError, KeyError, TypeError):
+        return None
+
+
+def forget_failure(directory: Path) -> None:
+    """Remove the record of a failed attempt, since a new one begins."""
+    (directory / FAILURE).unlink(missing_ok=True)
+
+
 @dataclass
 class History:
     """Everything a run measures. Columns of `train` share `train_step`, those of `validation` share `val_step`."""
@@ -176,20 +290,11 @@ class Run:
     @property
     def result_file(self) -> Path:
         """`result.json`, whose presence says that the run is done."""
-        return self.directory / "result.json"
+        return self.directory / RESULT
 
     def result(self) -> dict[str, Any] | None:
-        """Return the finished run's result, or None while the run is not done.
-
-        Raises:
-            IntegrityError: if the file is there but unreadable.
-        """
-        if not self.result_file.is_file():
-            return None
-        result = read_json(self.result_file)
-        if not isinstance(result, dict) or result.get("state") != "done":
-            raise IntegrityError(f"{self.result_file} is not a result. Set overwrite=true to do the run again.")
-        return result
+        """Return the finished run's result, or None while the run is not done; see `read_result`."""
+        return read_result(self.directory)
 
     def refuse_if_held(self) -> None:
         """Raise RunHeldError if a live process holds the run; makes nothing."""
@@ -212,28 +317,23 @@ class Run:
             lock.release()
 
     def _acquire(self) -> BaseFileLock:
-        lock = FileLock(self.directory / ".lock")
+        lock = FileLock(self.directory / LOCK)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE_SECONDS)
         except Timeout as error:
-            raise RunHeldError(f"{self.directory} is being worked on by {self._holder()}: wait for it.") from error
+            raise RunHeldError(
+                f"{self.directory} is being worked on by {holder_of(self.directory)}: wait for it."
+            ) from error
         except OSError as error:
             raise ResourceError(f"{self.directory.absolute()} cannot be made or written: {error}.") from error
         return lock
-
-    def _holder(self) -> str:
-        try:
-            process = read_json(self.directory / "environment.json")["process"]
-        except (IntegrityError, KeyError):
-            return "another process"
-        return f"process {process['pid']} on {process['host']}"
 
     def clear(self) -> None:
         """Remove what an earlier attempt left, result first, so that a half-cleared run never counts as done."""
         self.result_file.unlink(missing_ok=True)
         for path in self.directory.iterdir():
-            if path.name == ".lock":
+            if path.name == LOCK:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -242,7 +342,8 @@ class Run:
 
     def write_configuration(self, files: dict[str, str], environment: dict[str, Any]) -> None:
         """Write config.yaml and Hydra's files (by relative name) and environment.json; say what changed since."""
-        before = self.directory / "environment.json"
+        forget_failure(self.directory)
+        before = self.directory / ENVIRONMENT
         if before.is_file():
             _warn_of_changes(read_json(before), environment)
         for name, text in files.items():

@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.composition import conf_dir, explain, register_schemas, to_config
+from kd.composition import CONFIG_NAME, conf_dir, explain, register_schemas, to_config
 from kd.errors import KDError
+from kd.sweeper import register_sweeper
 
 FULL_ERRORS = "HYDRA_FULL_ERROR"
 
@@ -58,7 +59,8 @@ def main() -> None:
     os.environ[FULL_ERRORS] = "1"
     try:
         register_schemas()
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_guarded_task)()
+        register_sweeper()
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(_guarded_task)()
     except Exception as error:
         ours = explain(error)
         if debugging or ours is None:

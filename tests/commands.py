@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from kd.sweep_jobs import CHILD
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,7 +44,16 @@ class Outcome:
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment with the checkout importable."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **changes}
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(REPOSITORY)]))
+    return {**os.environ, "PYTHONPATH": path, **changes}
+
+
+def begin_children_with(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every process that a sweep starts for a run begin with a program."""
+    lines = ["import sys", "", f"if {CHILD!r} in sys.orig_argv:", textwrap.indent(program, "    ")]
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 def start(*arguments: str, module: str = "kd.train", **changes: str) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 HELP = (CONF / "hydra/help/kd.yaml").read_text()
 GROUPS = ("model", "train", "data", "teacher")
 OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2]
+LAUNCHERS = ("submitit", "slurm")
 CLASSES: dict[tuple[str, str], type] = {
     ("train", "quick"): TrainingConfig,
     ("train", "distill"): TrainingConfig,
@@ -85,6 +87,7 @@ def required_values(path: Path, prefix: str) -> list[str]:
 def test_every_file_is_known_to_these_tests() -> None:
     known = {Path(group, f"{option}.yaml") for group, option in OPTIONS}
     known |= {Path("config.yaml"), Path("hydra/help/kd.yaml"), Path("hydra/job_logging/kd.yaml")}
+    known |= {Path(f"hydra/launcher/{name}.yaml") for name in LAUNCHERS}
     assert set(FILES) == known
     assert {group for group, _ in OPTIONS} == {*GROUPS, "experiment", "sweep", "debug"}
 
@@ -111,6 +114,13 @@ def test_every_point_of_a_sweep_composes(option: str) -> None:
     values = composed()
     for point in points:
         to_config(OmegaConf.merge(values, OmegaConf.from_dotlist(list(point))))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(find_spec("hydra_plugins") is not None, reason="launchers are installed")
+@pytest.mark.parametrize("name", [*LAUNCHERS, "joblib"])
+def test_a_launcher_that_is_not_installed_names_its_extra(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"kd-train\[s"):
+        config_of(f"hydra/launcher={name}")
 
 
 def test_the_sweep_is_the_specified_grid() -> None:

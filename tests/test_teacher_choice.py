@@ -12,7 +12,7 @@ import torch
 from kd.data import PackedBlocks
 from kd.teacher_cache import token_digests
 
-from .commands import TINY, only_run, run, start, strict_json
+from .commands import TINY, begin_children_with, only_run, run, start, strict_json
 from .counting_train import SECONDS, SEEN_FILE
 
 COUNTED = "tests.counting_train"
@@ -42,11 +42,16 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "rows"
 
 
-def test_a_sweep_shows_each_block_to_the_teacher_once(rows: Path) -> None:
-    outcome = run("-m", *TINY, "train.alpha=0,0.5,1", "train.temperature=1,4", "train.max_steps=null", module=COUNTED)
+def test_a_sweep_shows_each_block_to_the_teacher_once(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        begin_children_with(f"from {COUNTED} import watch_teachers\nwatch_teachers()", tmp_path / "site", patch)
+        outcome = run("-m", *TINY, "train.alpha=0,0.5,1", "train.temperature=1,4", "train.max_steps=null")
     assert outcome.code == 0, outcome.errors
     assert seen(rows) == all_blocks(32, 32)
-    assert "from the cache" in outcome.output
+    logs = [path.read_text() for path in Path("outputs").glob("debug/*/train.log")]
+    assert sum("from the cache" in log for log in logs) == 5
     # What was cached serves other processes and settings too; the teacher is not even loaded.
     again = run(*TINY, "train.alpha=0.2", "train.max_steps=3", "teacher.cache=require", module=COUNTED)
     assert again.code == 0, again.errors

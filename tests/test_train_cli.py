@@ -317,7 +317,7 @@ def test_generate_refuses(arguments: tuple[str, ...], error: type[KDError], name
 def test_a_sweep_returns_every_point() -> None:
     outcome = run("-m", *TINY, "train.alpha=0,1")
     assert outcome.code == 0, outcome.errors
-    names = sorted(path.name.rpartition("-")[0] for path in Path("outputs/debug").iterdir())
+    names = sorted(path.parent.name.rpartition("-")[0] for path in Path("outputs/debug").glob("*/result.json"))
     assert names == ["alpha0-seed0", "alpha1-temperature2-seed0"]
 
 

@@ -1,0 +1,244 @@
+"""A sweep from its command to its summary: what is done stays, what is missing runs, what fails is listed."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, configure_log
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from kd.composition import CONFIG_NAME, conf_dir
+from kd.errors import IntegrityError, Interrupted, KDError
+from kd.runs import RunState, holder_of, read_failure, read_result, run_state
+from kd.sweep_jobs import Job, StopFile, SweepTask, last_lines
+from kd.sweep_points import Point, find_points
+from kd.sweep_share import Share, num_cores, share_out
+
+log = logging.getLogger("kd")
+
+NOT_FOR_CHILDREN = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode")
+"""Beginnings of Hydra's own overrides that concern the sweep, not its runs."""
+LOG_LINES = 5
+
+
+@dataclass(frozen=True)
+class HydraTask:
+    """The task function that launchers get: the sweep's run of the number that Hydra gives it."""
+
+    task: SweepTask
+
+    def __call__(self, values: DictConfig) -> float:  # noqa: ARG002 - a task function's signature
+        """Do the run; see `SweepTask.run`. What Hydra composed for it, its process composes itself."""
+        return self.task.run(int(HydraConfig.get().job.num))
+
+
+def run_sweep(arguments: list[str], context: HydraContext, master: DictConfig) -> list[float]:
+    """Do all runs of a sweep that are not done yet, and print what became of each.
+
+    Args:
+        arguments: The overrides, some of them with several values.
+        context: Of Hydra.
+        master: What the command line composes to, with Hydra's own settings.
+
+    Returns:
+        The final validation loss (nats per token) of each run, in the points' order.
+
+    Raises:
+        KDError: if points are not allowed (nothing was started then), or some runs failed.
+        Interrupted: if a signal stopped the sweep.
+    """
+    configure_log(master.hydra.job_logging, master.hydra.verbose)
+    points = find_points(arguments, context.config_loader, master)
+    runs: dict[Path, Point] = {}
+    for point in points:
+        runs.setdefault(point.directory, point)
+    todo = [run for run in runs.values() if run.config.overwrite or run_state(run.directory) is not RunState.DONE]
+    _announce(len(points), len(runs), len(todo))
+    ended = _launch(todo, context, master) if todo else Ended({}, set(), None)
+    states = {directory: ended.state(directory) for directory in runs}
+    print(summary(states, ended.logs), flush=True)
+    if ended.signum is None:
+        for experiment in dict.fromkeys(directory.parent for directory in states):
+            _report(experiment, anew=bool(todo))
+    _raise_unless_done(states, ended.signum)
+    return [float(_result_of(directory)["val_loss"]) for directory in runs]
+
+
+def _announce(num_points: int, num_runs: int, num_todo: int) -> None:
+    shared = f" ({num_points} points, some of which are the same run)" if num_points > num_runs else ""
+    log.info("Sweep of %d runs%s: %d done, %d to do", num_runs, shared, num_runs - num_todo, num_todo)
+
+
+# --- launching ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch ended."""
+
+    logs: dict[Path, Path]
+    """What each run printed, by its directory."""
+    failed: set[Path]
+    """Runs whose job raised."""
+    signum: int | None
+    """The signal that stopped it."""
+
+    def state(self, directory: Path) -> RunState:
+        """Return the state of a run; an attempt to do a finished one again may have failed."""
+        state = run_state(directory)
+        return RunState.FAILED if state is RunState.DONE and directory in self.failed else state
+
+
+def _launch(points: Sequence[Point], context: HydraContext, master: DictConfig) -> Ended:
+    """Do runs by the configured launcher."""
+    task = _make_task(points, master)
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=context, task_function=HydraTask(task), config=master
+    )
+    log.info("What each run prints goes to %s/", task.scratch)
+    returns: Sequence[JobReturn] = []
+    try:
+        with task.stop.installed():
+            returns = launcher.launch([list(point.overrides) for point in points], initial_job_idx=0)
+    except KeyboardInterrupt:  # a second request to stop
+        log.warning("Stopped at once; what was not saved yet is lost")
+    except Exception as error:  # a worker of the launcher's died, or its cluster refused: see what is done all the same
+        log.warning("The launcher ended early: %s", str(error).strip())
+    signum = task.stop.signum()
+    task.stop.path.unlink(missing_ok=True)
+    failed = {job.directory for job, end in zip(task.jobs, returns, strict=False) if end.status is JobStatus.FAILED}
+    return Ended({job.directory: task.log_of(job) for job in task.jobs}, failed, signum)
+
+
+def _make_task(points: Sequence[Point], master: DictConfig) -> SweepTask:
+    scratch = _make_scratch(Path(master.hydra.sweep.dir))
+    jobs = tuple(
+        Job(
+            point.directory,
+            (*_settings_of_children(master), *point.overrides, "hydra.mode=RUN"),
+            point.config.overwrite,
+            shares_threads=point.config.threads is None,
+            shares_gpus=point.config.device in ("auto", "cuda"),
+        )
+        for point in points
+    )
+    pid = os.getpid()
+    share = share_for(master.hydra.launcher, len(jobs))
+    return SweepTask(jobs, share, scratch, StopFile(scratch / "stop"), pid)
+
+
+def _make_scratch(wanted: Path) -> Path:
+    """Make a folder of this sweep's own: another may have begun in the same second."""
+    try:
+        wanted.mkdir(parents=True)
+    except FileExistsError:
+        wanted = wanted.with_name(f"{wanted.name}-{os.getpid()}")
+        wanted.mkdir()
+    return wanted
+
+
+def _settings_of_children(master: DictConfig) -> list[str]:
+    """Return the options and overrides with which a child finds the same configuration files."""
+    hydra = master.hydra
+    arguments = [] if hydra.job.config_name == CONFIG_NAME else ["--config-name", hydra.job.config_name]
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            arguments += ["--config-dir", source.path]
+        if source.provider == "main" and source.path != conf_dir():
+            arguments += ["--config-path", source.path]
+    own = [text for text in hydra.overrides.hydra if not text.lstrip("+~").startswith(NOT_FOR_CHILDREN)]
+    return arguments + own
+
+
+def share_for(launcher: DictConfig, num_jobs: int) -> Share:
+    """Return what each job may use under a launcher's settings."""
+    name = launcher._target_.rpartition(".")[2]
+    if name == "BasicLauncher":
+        return share_out(1)
+    if name == "JoblibLauncher":
+        wanted = launcher.n_jobs
+        # As joblib counts: -1 is all cores, -2 all but one.
+        return share_out(min(wanted if wanted > 0 else max(1, num_cores() + 1 + wanted), num_jobs))
+    if name == "LocalLauncher":  # submitit starts all at once, so the places are the only limit
+        return share_out(min(max(1, num_cores() // (launcher.cpus_per_task or 1)), num_jobs))
+    if name == "SlurmLauncher":
+        return Share(None, launcher.cpus_per_task, ())
+    return Share(None, None, ())
+
+
+# --- what became of it -------------------------------------------------------------------------------------------
+
+
+def summary(states: dict[Path, RunState], logs: dict[Path, Path]) -> str:
+    """Return the table of a sweep's runs: state, validation perplexity, and of failed ones the error and the log.
+
+    Args:
+        states: By the runs' directories.
+        logs: What each run printed, where this sweep worked on it.
+    """
+    width = max(len(directory.name) for directory in states)
+    lines = [f"{'run':{width}}  {'state':11}  validation perplexity"]
+    for directory, state in states.items():
+        lines.append(f"{directory.name:{width}}  {state:11}  {_remark(directory, state)}".rstrip())
+        if state is RunState.FAILED:
+            lines += _details(directory, logs)
+    counted = ", ".join(f"{count} {state}" for state, count in Counter(states.values()).items())
+    return "\n".join([*lines, f"{len(states)} runs: {counted}"])
+
+
+def _report(experiment: Path, *, anew: bool) -> None:
+    """Write an experiment's report and print its answer; a sweep that did nothing makes only one that is missing."""
+    if not anew and (experiment / "reports" / "report.html").is_file():
+        log.info("The report is there already: %s", experiment / "reports" / "report.html")
+        return
+    try:
+        from kd.analysis.report import write_report  # here, because it loads pandas, scipy and matplotlib
+
+        print(f"\n{write_report(experiment).text()}", flush=True)
+    except Exception as error:  # the runs are safe, so their sweep has not failed
+        log.warning(
+            "No report (%s: %s). To try again: python -m kd.compare %s", type(error).__name__, error, experiment
+        )
+
+
+def _remark(directory: Path, state: RunState) -> str:
+    if state is RunState.DONE:
+        return f"{_result_of(directory)['val_ppl']:.2f}"
+    if state is RunState.RUNNING:
+        return f"by {holder_of(directory)}"
+    if state is not RunState.FAILED:
+        return ""
+    failure = read_failure(directory)
+    return "result.json cannot be read: set overwrite=true" if failure is None else failure.error
+
+
+def _details(directory: Path, logs: dict[Path, Path]) -> list[str]:
+    failure = read_failure(directory)
+    log_file = logs.get(directory) if failure is None else Path(failure.log)
+    if log_file is None:
+        return []
+    return [f"    log: {log_file}", *(f"    | {line}" for line in last_lines(log_file, LOG_LINES))]
+
+
+def _result_of(directory: Path) -> dict[str, float]:
+    result = read_result(directory)
+    if result is None:
+        raise IntegrityError(f"{directory}/result.json was there and is gone: run the same command again.")
+    return result
+
+
+def _raise_unless_done(states: dict[Path, RunState], signum: int | None) -> None:
+    missing = sum(state is not RunState.DONE for state in states.values())
+    if signum is not None:
+        raise Interrupted(
+            f"Interrupted with {missing} of {len(states)} runs missing. The same command goes on from what is saved.",
+            signum,
+        )
+    if missing:
+        raise KDError(f"{missing} of {len(states)} runs are missing (see above). The same command runs them again.")

@@ -1,0 +1,260 @@
+"""One run of a sweep in a process of its own, so that whatever happens to it costs only itself.
+
+Every launcher calls `SweepTask` somewhere: in the sweep's process, in a worker, on another machine. It starts the
+run as a child, watches it, and records a failure in the run's directory.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kd.errors import IntegrityError, Interrupted, KDError, RunHeldError
+from kd.runs import Failure, RunState, forget_failure, holder_of, read_result, run_state, write_failure
+from kd.stop import SIGNALS
+from kd.sweep_share import POLL_SECONDS, Share
+
+log = logging.getLogger("kd")
+
+CHILD = "kd.sweep_child"
+PREFIX = "kd-train: "
+"""How the command line begins a line that says what went wrong."""
+LINES_SEARCHED = 20
+WAIT_SECONDS = 0.5
+NOT_FOR_CHILDREN = ("HYDRA_FULL_ERROR",)
+"""Environment variables that the command line sets for its own process."""
+
+
+class StopFile:
+    """A request to stop that reaches every job of a sweep, in whatever process it is watched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def request(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002 - a handler's signature
+        """Ask all jobs to save and stop; a signal handler. The second request waits for nothing."""
+        if self.signum() is not None:
+            raise KeyboardInterrupt
+        self.path.write_text(str(signum))
+
+    def signum(self) -> int | None:
+        """Return the signal that asked for the stop, or None."""
+        try:
+            return int(self.path.read_text() or signal.SIGTERM)  # empty for the instant in which it is written
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle SIGTERM and SIGINT while the block runs; only in the main thread."""
+        before = {number: signal.signal(number, self.request) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Worker:
+    """Whether this worker was asked to stop, alone or with the whole sweep."""
+
+    def __init__(self, stop: StopFile) -> None:
+        self._stop = stop
+        self._own: int | None = None
+
+    def request(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002 - a handler's signature
+        self._own = signum
+
+    def signum(self) -> int | None:
+        return self._stop.signum() if self._own is None else self._own
+
+    def stopping(self) -> bool:
+        return self.signum() is not None
+
+    def check(self) -> None:
+        signum = self.signum()
+        if signum is not None:
+            raise Interrupted("Stopped. The same command goes on from what is saved.", signum)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    directory: Path
+    """Of the run, relative to the working directory."""
+    arguments: tuple[str, ...]
+    """Of the command that does it."""
+    overwrite: bool
+    """Do it again if it is done."""
+    shares_threads: bool
+    """It takes its share of the CPU threads; else the configuration says how many."""
+    shares_gpus: bool
+    """It takes its turn of the GPUs; else the configuration says which."""
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """What launchers call, by number, for each run of a sweep. It is pickled by reference, so it lives here."""
+
+    jobs: tuple[Job, ...]
+    share: Share
+    scratch: Path
+    """The sweep's own folder: logs, places, the request to stop."""
+    stop: StopFile
+    pid: int
+    """Process of the sweep, which handles signals itself."""
+
+    def log_of(self, job: Job) -> Path:
+        """Return the file with all that a job prints."""
+        return self.scratch / f"{job.directory.name}.log"
+
+    def run(self, number: int) -> float:
+        """Do a run, unless it is done; wait for it if a live process elsewhere does it.
+
+        Returns:
+            Its final validation loss (nats per token).
+
+        Raises:
+            Interrupted: if a signal stopped it or the sweep.
+            KDError: if it failed; the failure is recorded in its directory.
+        """
+        worker = _Worker(self.stop)
+        with _signals_to(worker, self.pid != os.getpid()):
+            return self._run(self.jobs[number], worker)
+
+    def _run(self, job: Job, worker: _Worker) -> float:
+        code = RunHeldError.exit_code
+        while code == RunHeldError.exit_code:  # somebody else was quicker
+            _wait_while_held(job.directory, worker)
+            with self.share.place(self.scratch, worker.stopping) as place:
+                worker.check()
+                # Asked here, since the wait for a place may have been long.
+                result = None if job.overwrite else read_result(job.directory)
+                if result is not None:
+                    return float(result["val_loss"])
+                code = self._in_child(job, place, worker)
+        return self._outcome(job, code, worker)
+
+    def _in_child(self, job: Job, place: int | None, worker: _Worker) -> int:
+        """Run a job's command to its end and return its exit code, or minus the number of the signal that ended it."""
+        arguments, environment = list(job.arguments), dict(os.environ)
+        for name in NOT_FOR_CHILDREN:
+            environment.pop(name, None)
+        if job.shares_threads and self.share.threads is not None:
+            arguments.append(f"threads={self.share.threads}")
+        environment |= self.share.environment(place, job.shares_gpus)
+        forget_failure(job.directory)
+        log.info("Started %s", job.directory.name)
+        with self.log_of(job).open("wb") as output:
+            child = subprocess.Popen(
+                [sys.executable, "-m", CHILD, *arguments],
+                env=environment,
+                stdin=subprocess.PIPE,  # closed, it asks the child to stop; see kd.sweep_child
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # A terminal's Ctrl-C goes to a whole group. The child must hear of it from here alone: a second
+                # request to stop makes it drop everything.
+                process_group=0,
+            )
+            try:
+                return _watch(child, worker)
+            finally:
+                _end(child)
+
+    def _outcome(self, job: Job, code: int, worker: _Worker) -> float:
+        # A result that was not there before counts, however its process ended after writing it.
+        result = _readable_result(job.directory) if code == 0 or not job.overwrite else None
+        if result is not None:
+            log.info("Finished %s: validation perplexity %.2f", job.directory.name, result["val_ppl"])
+            return float(result["val_loss"])
+        if code in (*(128 + number for number in SIGNALS), *(-number for number in SIGNALS)):
+            worker.check()
+            raise Interrupted(f"{job.directory} was stopped. The same command goes on from what is saved.")
+        error = describe_end(code, self.log_of(job))
+        write_failure(job.directory, Failure(error, code, str(self.log_of(job))))
+        log.warning("Failed %s: %s", job.directory.name, error)
+        raise KDError(f"{job.directory.name}: {error}")
+
+
+@contextmanager
+def _signals_to(worker: _Worker, wanted: bool) -> Iterator[None]:
+    """In a worker process, let SIGTERM and SIGINT stop its job."""
+    before = {number: signal.signal(number, worker.request) for number in SIGNALS} if wanted else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_while_held(directory: Path, worker: _Worker) -> None:
+    said = False
+    while run_state(directory) is RunState.RUNNING:
+        if not said:
+            log.info("Waiting for %s, which %s works on", directory.name, holder_of(directory))
+            said = True
+        worker.check()
+        time.sleep(WAIT_SECONDS)
+    worker.check()
+
+
+def _watch(child: "subprocess.Popen[bytes]", worker: _Worker) -> int:
+    while True:
+        try:
+            return child.wait(timeout=POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            if worker.stopping():
+                _ask_to_stop(child)
+                return child.wait()
+
+
+def _ask_to_stop(child: "subprocess.Popen[bytes]") -> None:
+    """Ask for a checkpoint and an end. The child hears the same if this process is killed, and never twice."""
+    assert child.stdin is not None
+    child.stdin.close()
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """End a child that an exception left unwatched: a second Ctrl-C, or the end that a cluster sets to a worker."""
+    assert child.stdin is not None
+    if child.stdin.closed and child.poll() is None:
+        child.terminate()  # the second request: it drops what it does
+    _ask_to_stop(child)
+    child.wait()
+
+
+def _readable_result(directory: Path) -> dict[str, Any] | None:
+    try:
+        return read_result(directory)
+    except IntegrityError:
+        return None
+
+
+def describe_end(code: int, log_file: Path) -> str:
+    """Return in a line why a child process ended without a result."""
+    if code == -signal.SIGKILL:
+        return "it was killed by SIGKILL; often the machine had too little memory for it"
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}"
+    lines = last_lines(log_file, LINES_SEARCHED) or ["it printed nothing"]
+    said = [line for line in lines if line.startswith(PREFIX)]
+    last = said[-1].removeprefix(PREFIX) if said else lines[-1]
+    return last if code else f"it ended without a result; its last line: {last}"
+
+
+def last_lines(log_file: Path, count: int) -> list[str]:
+    """Return the last lines of a log that are not empty; none if it cannot be read."""
+    try:
+        text = log_file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]

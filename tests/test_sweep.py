@@ -1,0 +1,240 @@
+"""What a sweep launches, with what share of the machine, and what it says in the end."""
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra._internal.callbacks import Callbacks
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext
+from omegaconf import OmegaConf
+
+import kd.sweep_share
+from kd.errors import Interrupted, KDError
+from kd.runs import RESULT, Failure, RunState, run_state, write_failure
+from kd.sweep import HydraTask, run_sweep, share_for, summary
+from kd.sweep_share import Share
+
+from .fake_child import finish
+from .test_composition import composed
+from .test_sweep_points import SMALL, hydra
+
+GRID = ["train.alpha=0,1", "train.temperature=1,2"]
+needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="the extra slurm is not installed")
+
+
+class Launcher:
+    """Stands for a launcher: notes what it gets, and does to each run what the test says."""
+
+    def __init__(self, task: HydraTask, act: Callable[[HydraTask, int], None]) -> None:
+        self.task, self.act = task, act
+        self.launched: list[list[str]] = []
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        self.launched += [list(overrides) for overrides in job_overrides]
+        return [self.one(initial_job_idx + number) for number in range(len(job_overrides))]
+
+    def one(self, number: int) -> JobReturn:
+        try:
+            self.act(self.task, number)
+        except KDError as error:
+            return JobReturn(status=JobStatus.FAILED, _return_value=error)
+        return JobReturn(status=JobStatus.COMPLETED, _return_value=0.0)
+
+
+def do(task: HydraTask, number: int) -> None:
+    finish(task.task.jobs[number].directory)
+
+
+def fail(task: HydraTask, number: int) -> None:  # noqa: ARG001
+    raise KDError("it broke")
+
+
+def crash(task: HydraTask, number: int) -> None:
+    if number == 1:
+        raise RuntimeError("the cluster is down")
+    do(task, number)
+
+
+def stop(task: HydraTask, number: int) -> None:
+    if number == 1:
+        task.task.stop.request(15)
+        raise Interrupted("Stopped.")
+    do(task, number)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launcher | None]:
+    """A function that does a sweep with a stand-in for the launcher, which it returns; None if none was made."""
+
+    def sweep(act: Callable[[HydraTask, int], None], *arguments: str) -> Launcher | None:
+        made: list[Launcher] = []
+
+        def instantiate(self: Plugins, task_function: HydraTask, **_: Any) -> Launcher:  # noqa: ARG001
+            made.append(Launcher(task_function, act))
+            return made[0]
+
+        monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate)
+        monkeypatch.setattr("kd.sweep.configure_log", lambda *_: None)  # it would take the log from pytest
+        with hydra() as (loader, master):
+            run_sweep([*SMALL, *GRID, *arguments], HydraContext(config_loader=loader, callbacks=Callbacks()), master)
+        return made[0] if made else None
+
+    return sweep
+
+
+Sweep = Callable[..., Launcher | None]
+
+
+def test_only_what_is_missing_is_launched_each_run_once(launched: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    first = launched(do)
+    assert first is not None
+    alphas = [[text for text in overrides if text.startswith("train")] for overrides in first.launched]
+    assert alphas == [
+        ["train.alpha=0", "train.temperature=1"],
+        ["train.alpha=1", "train.temperature=1"],
+        ["train.alpha=1", "train.temperature=2"],
+    ]
+    assert "3 runs: 3 done" in capsys.readouterr().out.splitlines()
+    assert launched(do) is None
+    second = launched(do, "train.temperature=1,2,4")
+    assert second is not None
+    assert len(second.launched) == 1
+    again = launched(do, "overwrite=true")
+    assert again is not None
+    assert len(again.launched) == 3
+
+
+def test_the_report_is_made_where_it_is_missing_and_its_fault_is_not_the_sweep_s(
+    launched: Sweep, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reported: list[Path] = []
+
+    def broken(path: Path) -> None:
+        reported.append(path)
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("kd.analysis.report.write_report", broken)
+    for _ in range(2):
+        launched(do)
+    assert reported == [Path("outputs/default")] * 2
+    assert "no ink). To try again: python -m kd.compare outputs/default" in caplog.text
+    Path("outputs/default/reports").mkdir()
+    Path("outputs/default/reports/report.html").touch()
+    launched(do)
+    assert len(reported) == 2
+    launched(do, "seed=1")
+    assert len(reported) == 3
+
+
+def test_a_child_is_one_run_of_the_same_files(launched: Sweep) -> None:
+    launcher = launched(do)
+    assert launcher is not None
+    for job, overrides in zip(launcher.task.task.jobs, launcher.launched, strict=True):
+        assert list(job.arguments) == [
+            "hydra.job.config_name=config",
+            *overrides,
+            "hydra.mode=RUN",
+        ]
+
+
+def test_a_launcher_that_dies_does_not_hide_what_is_done(launched: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KDError, match="2 of 3 runs are missing") as caught:
+        launched(crash)
+    assert caught.value.exit_code == 1
+    assert "3 runs: 1 done, 2 planned" in capsys.readouterr().out.splitlines()
+
+
+def test_a_finished_run_whose_overwriting_failed_is_not_called_done(launched: Sweep) -> None:
+    launched(do)
+    with pytest.raises(KDError, match="3 of 3 runs are missing"):
+        launched(fail, "overwrite=true")
+
+
+def test_a_sweep_that_was_stopped_says_so(launched: Sweep) -> None:
+    with pytest.raises(Interrupted, match="of 3 runs missing") as caught:
+        launched(stop)
+    assert caught.value.exit_code == 143
+    assert not list(Path("outputs/.hydra").rglob("stop"))
+
+
+def test_the_summary_names_states_errors_logs_and_last_lines() -> None:
+    directories = [Path(f"outputs/x/run{number}") for number in range(5)]
+    finish(directories[0])
+    log = Path("job.log")
+    log.write_text("".join(f"line {number}\n" for number in range(10)))
+    write_failure(directories[1], Failure("it broke", 1, str(log)))
+    directories[2].mkdir()
+    (directories[2] / "config.yaml").touch()
+    directories[4].mkdir()
+    (directories[4] / RESULT).touch()
+    text = summary({directory: run_state(directory) for directory in directories}, {})
+    assert text.splitlines() == [
+        "run   state        validation perplexity",
+        "run0  done         12.18",
+        "run1  failed       it broke",
+        "    log: job.log",
+        *(f"    | line {number}" for number in range(5, 10)),
+        "run2  interrupted",
+        "run3  planned",
+        "run4  failed       result.json cannot be read: set overwrite=true",
+        "5 runs: 1 done, 2 failed, 1 interrupted, 1 planned",
+    ]
+    assert run_state(directories[3]) is RunState.PLANNED
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "num_jobs", "share"),
+    [
+        ("BasicLauncher", {}, 9, (1, None)),
+        ("JoblibLauncher", {"n_jobs": 2}, 9, (2, 4)),
+        ("JoblibLauncher", {"n_jobs": -1}, 9, (8, 1)),
+        ("JoblibLauncher", {"n_jobs": -3}, 9, (6, 1)),
+        ("JoblibLauncher", {"n_jobs": -20}, 9, (1, None)),
+        ("JoblibLauncher", {"n_jobs": 4}, 2, (2, 4)),
+        ("LocalLauncher", {"cpus_per_task": None}, 9, (8, 1)),
+        ("LocalLauncher", {"cpus_per_task": 3}, 9, (2, 4)),
+        ("LocalLauncher", {"cpus_per_task": 99}, 9, (1, None)),
+        ("SlurmLauncher", {"cpus_per_task": 6}, 9, (None, 6)),
+        ("RayLauncher", {}, 9, (None, None)),
+    ],
+)
+def test_each_launcher_shares_out_eight_cores(
+    name: str,
+    settings: dict[str, Any],
+    num_jobs: int,
+    share: tuple[int | None, int | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kd.sweep.num_cores", lambda: 8)
+    monkeypatch.setattr(kd.sweep_share, "num_cores", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launcher = OmegaConf.create({"_target_": f"some.module.{name}", **settings})
+    assert share_for(launcher, num_jobs) == Share(*share, ())
+
+
+@needs_submitit
+def test_the_batch_script_limits_time_and_memory_and_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from submitit import SlurmJob
+
+    for name in ("srun", "sbatch"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/script.sh\necho Submitted batch job 7\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(SlurmJob, "results", lambda _: [JobReturn(status=JobStatus.COMPLETED)])
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.partition=long", "hydra.sweep.dir=scratch"]
+    config = composed(*slurm, with_hydra=True)
+    with hydra() as (loader, _):
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        launcher = Plugins.instance().instantiate_launcher(context, print, config)
+        launcher.launch([["seed=0"], ["seed=1"]], initial_job_idx=0)
+    lines = (tmp_path / "script.sh").read_text().splitlines()
+    flags = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert {"time=240", "mem=32GB", "cpus-per-task=8", "gpus-per-node=1", "partition=long"} <= flags
+    assert {"requeue", "signal=USR2@180", "array=0-1%2", "open-mode=append"} <= flags
+    assert lines[-1].startswith("srun ") or lines[-2].startswith("srun ")
