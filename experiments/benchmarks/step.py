@@ -61,16 +61,9 @@ from kd.teacher_cache import TeacherCacheKey, open_cached_teacher
 from kd.trainers import DistillationTrainer
 from tests.llama import make_llama
 
-PLAIN, TRL, LIVE, CACHED, FLOOR_LIVE, FLOOR_CACHED = (
-    "plain",
-    "trl",
-    "kd live",
-    "kd cached",
-    "floor live",
-    "floor cached",
-)
-BUILD_CACHE = "build the cache"
-PART, EOS = "train", "<eos>"
+PLAIN, TRL, LIVE, CACHED = "plain", "trl", "kd live", "kd cached"
+FLOOR_LIVE, FLOOR_CACHED = "floor live", "floor cached"
+BUILD_CACHE, PART, EOS = "build the cache", "train", "<eos>"
 NUM_BATCHES = 2
 LEARNING_RATE = 3e-4
 GB = 1e9
