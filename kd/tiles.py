@@ -1,8 +1,11 @@
 """A walk through the vocabulary in tiles: what `kd.linear_distillation` computes for one chunk of tokens.
 
-A chunk walks twice. The first pass projects both models' hidden states, keeps the logits and sums their exponentials;
-the second turns each tile of logits into a tile of the gradient. All element-wise work on a tile is done while it is in
-the processor's cache.
+A chunk walks twice. The first pass projects both models' hidden states and sums the exponentials of the logits; the
+second turns each tile into a tile of the gradient. All element-wise work on a tile is done while it is in the
+processor's cache.
+
+An exponential costs as much as ten products. The teacher's are kept in place of its logits; and where the temperature
+is a power of two the student's are too, since exp(x) is then exp(x / T) squared a few times: that saves three of five.
 
 Tiles are (vocabulary, tokens), not the other way round: the projection `weight @ hidden.T` then reads both operands as
 they lie in memory, which on a CPU is 10 to 15 % faster, and every per-token factor is a contiguous row.
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST_SQUARINGS = 4
 LOWEST_LOGIT = -1e30
 """Stands for a logit of -inf (from a head bias): its probability is 0 too, and 0 times it is not NaN."""
 
@@ -150,6 +154,11 @@ class LogSumExp:
         if top is not None:
             self._tops.append(top)
 
+    def add_exponentials(self, exponentials: Tensor, peak: Tensor) -> None:
+        """Take in a tile (K, C) of exp(x - peak), for its largest values (C,)."""
+        self._peaks.append(peak)
+        self._sums.append(exponentials.sum(dim=0))
+
     def value(self) -> Tensor:
         """Return the result over all tiles, (C,)."""
         if self._value is None:
@@ -203,29 +212,37 @@ class Chunk:
         self.hard = LogSumExp(1.0)
         self.soft = self.hard if temperature == 1 else LogSumExp(temperature)
         self.teacher_soft = LogSumExp(temperature)
+        self._squarings = squarings(temperature)
         self._gaps: list[Tensor] = []
         self._columns = torch.arange(len(self.labels), device=labels.device)
         self._workspace = workspace
         self._label_logit = self._teacher_label_logit = workspace.new_row(len(self.labels))
         for entries in workspace.tiles():
-            self._measure_student(student, entries)
-            if teacher is not None:
-                self._measure_teacher(teacher, entries)
+            self._measure(student, teacher, entries)
 
-    def _measure_student(self, student: Head, entries: slice) -> None:
+    def _measure(self, student: Head, teacher: Head | None, entries: slice) -> None:
         """Project a tile, and take in what the loss needs of it."""
         logits = self._workspace.student(entries, len(self.labels))
-        exponentials, _ = self._workspace.scratch(logits)
         student.project(self.tokens, entries, logits)
         self._label_logit = self._at_labels(logits, entries, self._label_logit)
         peak, top = self._peak(logits, entries)
-        self.hard.add(logits, peak, top, exponentials)
-        if self.soft is not self.hard:
-            self.soft.add(logits, peak, top, exponentials)
+        if teacher is not None:
+            self._measure_teacher(teacher, entries, logits)
+        self._sum_exponentials(logits, peak, top)
 
-    def _measure_teacher(self, teacher: Head, entries: slice) -> None:
+    def _sum_exponentials(self, logits: Tensor, peak: Tensor, top: Tensor | None) -> None:
+        """Sum the student's exponentials; where squares give those of temperature 1, they replace the logits."""
+        scratch, _ = self._workspace.scratch(logits)
+        if self._squarings is None:
+            self.hard.add(logits, peak, top, scratch)
+            self.soft.add(logits, peak, top, scratch)
+            return
+        self.soft.add(logits, peak, top, logits)
+        if self._squarings:
+            self.hard.add_exponentials(_squared(logits, self._squarings, scratch), peak)
+
+    def _measure_teacher(self, teacher: Head, entries: slice, student_logits: Tensor) -> None:
         """Do the same for the teacher; its exponentials then replace its logits, which nothing needs any more."""
-        student_logits = self._workspace.student(entries, len(self.labels))
         logits = self._workspace.teacher(entries, len(self.labels))
         _, gap = self._workspace.scratch(logits)
         teacher.project(self.tokens, entries, logits)
@@ -282,27 +299,59 @@ class Chunk:
         """Second pass: give tile by tile the gradient by the student's logits, (K, C); each overwrites the last.
 
         Of (alpha * T^2 * KL + (1 - alpha) * cross-entropy) / count, with p, q the teacher's and the student's
-        probabilities: (alpha * T * (q_T - p_T) + (1 - alpha) * (q_1 - onehot)) / count. All factors are of a token,
-        not of an entry, so they go into the exponents; and nothing is computed for a weight of 0.
+        probabilities: (alpha * T * (q_T - p_T) + (1 - alpha) * (q_1 - onehot)) / count. Nothing is computed for a
+        weight of 0.
         """
         soft, hard = alpha * self.temperature / count, (1 - alpha) / count
         terms = [(self.hard, soft + hard)] if self.soft is self.hard else [(self.soft, soft), (self.hard, hard)]
-        offsets = [(sums.scale, math.log(weight) - sums.value()) for sums, weight in terms if weight > 0]
+        terms = [(sums, weight) for sums, weight in terms if weight > 0]
+        student = self._from_logits(terms) if self._squarings is None else self._from_exponentials(terms)
         factors = self.teacher_soft.tile_factors() * -soft if soft > 0 else None
-        for index, entries in enumerate(self._workspace.tiles()):
-            gradient = self._weighted_probabilities(offsets, entries)
+        for index, (entries, gradient) in enumerate(student):
             if factors is not None:
                 gradient.addcmul_(self._workspace.teacher(entries, len(self.labels)), factors[index])
             inside, rows = self._label_rows(entries)
             gradient[rows, self._columns] -= inside.to(gradient.dtype) * hard
             yield entries, gradient
 
-    def _weighted_probabilities(self, offsets: list[tuple[float, Tensor]], entries: slice) -> Tensor:
-        """Return the sum of exp(scale * logits + offset) over (scale, offset), (K, C)."""
-        logits = self._workspace.student(entries, len(self.labels))
-        total, term = self._workspace.scratch(logits)
-        for index, (scale, offset) in enumerate(offsets):
-            torch.add(offset, logits, alpha=scale, out=term if index else total).exp_()
-            if index:
-                total.add_(term)
-        return total
+    def _from_logits(self, terms: list[tuple[LogSumExp, float]]) -> Iterator[tuple[slice, Tensor]]:
+        """Give tile by tile the weighted sum of the student's probabilities, (K, C)."""
+        # The factors of a token go into the exponents.
+        offsets = [(sums.scale, math.log(weight) - sums.value()) for sums, weight in terms]
+        for entries in self._workspace.tiles():
+            logits = self._workspace.student(entries, len(self.labels))
+            total, term = self._workspace.scratch(logits)
+            for index, (scale, offset) in enumerate(offsets):
+                torch.add(offset, logits, alpha=scale, out=term if index else total).exp_()
+                if index:
+                    total.add_(term)
+            yield entries, total
+
+    def _from_exponentials(self, terms: list[tuple[LogSumExp, float]]) -> Iterator[tuple[slice, Tensor]]:
+        """Give the same from exponentials that are there already."""
+        factors = [(sums is self.soft, sums.tile_factors() * weight) for sums, weight in terms]
+        for index, entries in enumerate(self._workspace.tiles()):
+            exponentials = self._workspace.student(entries, len(self.labels))
+            total, power = self._workspace.scratch(exponentials)
+            for number, (is_soft, factor) in enumerate(factors):
+                term = exponentials if is_soft else _squared(exponentials, self._squarings or 0, power)
+                if number:
+                    total.addcmul_(term, factor[index])
+                else:
+                    torch.mul(term, factor[index], out=total)
+            yield entries, total
+
+
+def squarings(temperature: float) -> int | None:
+    """Return how often exp(x / temperature) must be squared to give exp(x); None if no (small) number does it."""
+    mantissa, exponent = math.frexp(temperature)
+    count = exponent - 1
+    return count if mantissa == 0.5 and 0 <= count <= MOST_SQUARINGS else None
+
+
+def _squared(values: Tensor, times: int, out: Tensor) -> Tensor:
+    """Write values ** (2 ** times) to `out`, times > 0, and return it."""
+    torch.mul(values, values, out=out)
+    for _ in range(times - 1):
+        out.mul_(out)
+    return out

@@ -17,7 +17,7 @@ from kd.config import ModelConfig
 from kd.linear_distillation import linear_distillation_loss, linear_scores
 from kd.losses import IGNORE_INDEX, distillation_loss, token_agreement, token_kl, token_nll
 from kd.model import StudentModel
-from kd.tiles import Tiling
+from kd.tiles import Tiling, squarings
 
 HALF = (torch.bfloat16, torch.float16)
 SMALL = Tiling(4, 10)
@@ -92,7 +92,7 @@ def in_float64(problem: Problem, alpha: float, temperature: float) -> tuple[dict
     return terms | {"total_loss": total.detach()}, [by_hidden, by_weight]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 16.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("tiling", [Tiling(1, 1), SMALL, Tiling(16, 37), None])
 def test_value_and_gradients_equal_those_from_logits(alpha: float, temperature: float, tiling: Tiling | None) -> None:
@@ -119,7 +119,7 @@ def test_value_and_gradients_equal_those_from_logits(alpha: float, temperature: 
     tiling=st.builds(Tiling, st.integers(1, 25), st.integers(1, 60)),
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
     alpha=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
-    temperature=st.one_of(st.just(1.0), st.floats(0.05, 20)),
+    temperature=st.one_of(st.sampled_from([1.0, 2.0, 4.0, 8.0, 16.0]), st.floats(0.05, 20)),
     gains=st.tuples(st.integers(-6, 8), st.integers(-6, 8)),
 )
 def test_any_problem_is_finite_and_equals_float64(
@@ -163,7 +163,7 @@ def test_any_problem_is_finite_and_equals_float64(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 2.0, 16.0, 20.0])
 def test_logits_of_ten_thousand_are_finite(dtype: torch.dtype, temperature: float) -> None:
     problem = make_problem(dtype, student_gain=512.0, teacher_gain=512.0)
     assert 9_000 < float(problem.logits()[0].detach().abs().max()) < 13_000
@@ -402,3 +402,12 @@ def test_what_does_not_fit_is_refused() -> None:
         linear_distillation_loss(h, w, th, tw, labels + 37, 0.5, 2.0)
     with pytest.raises(ValueError, match=r"Tiling\.tokens=0"):
         Tiling(0, 5)
+
+
+@given(st.one_of(st.sampled_from([0.5, 1.0, 2.0, 4.0, 16.0, 32.0]), st.floats(0.05, 40)))
+def test_squarings_are_those_that_undo_the_temperature(temperature: float) -> None:
+    count = squarings(temperature)
+    if count is not None:
+        assert 2.0**count == temperature
+    else:
+        assert temperature not in (1.0, 2.0, 4.0, 8.0, 16.0)

@@ -178,7 +178,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     if args.variant is not None:
-        serve(lambda: prepare(args), torch.device(args.device))
+        serve(lambda: prepare(args), torch.device(args.device), unmeasured=1)
         return
     shared = ["device", "dtype", "threads", "vocab", "student_width", "teacher_width", "alpha", "temperature"]
     settings = {name: getattr(args, name) for name in shared}

@@ -53,7 +53,11 @@ class Measurement:
 
 
 def serve(
-    prepare: Callable[[], Callable[[], float]], device: torch.device, *, count_whole_process: bool = False
+    prepare: Callable[[], Callable[[], float]],
+    device: torch.device,
+    *,
+    count_whole_process: bool = False,
+    unmeasured: int = 0,
 ) -> None:
     """Answer each line of standard input with one measured repetition, as a line of JSON; the child's side.
 
@@ -61,6 +65,8 @@ def serve(
         prepare: makes the inputs and returns the repetition; a ModuleNotFoundError in it skips the variant.
         device: where it runs.
         count_whole_process: count memory from nothing, with libraries, inputs and their preparation.
+        unmeasured: repetitions before each measured one. While other variants have their turn, a machine may give away
+            what this one's memory and caches held; in a training loop a step follows a step.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
     try:
@@ -72,6 +78,8 @@ def serve(
     base = 0 if count_whole_process else _reset_peak(device)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for _ in sys.stdin:
+        for _ in range(unmeasured):
+            repetition()
         _synchronize(device)
         start = time.perf_counter()
         value = repetition()
