@@ -108,6 +108,7 @@ def _resume(trainer: AnyTrainer, config: Config) -> None:
         log_interval=config.train.log_interval,
         save_interval=config.train.save_interval,
         compile=config.train.compile,
+        gradient_checkpointing=config.train.gradient_checkpointing,
     )
     log.info("Continuing from %s", checkpoint)
 

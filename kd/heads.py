@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd.errors import ConfigError
 from kd.model import StudentModel
 
 SOFTCAP_KEY = "final_logit_softcapping"
@@ -58,6 +59,17 @@ class HasOutputEmbeddings(Protocol):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the head."""
+        ...
+
+
+@runtime_checkable
+class CanCheckpoint(Protocol):
+    """What transformers' models offer that can trade time for memory."""
+
+    supports_gradient_checkpointing: bool
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
+        """Switch it on."""
         ...
 
 
@@ -137,6 +149,22 @@ class SplitModel:
         bound = ROUNDING * torch.finfo(self._linear.weight.dtype).eps * largest
         if ((expected - found).where(finite, 0).abs() > bound).any():
             raise NoLinearHeadError("its logits are not those of its head alone: something else changes them")
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Let a model compute its blocks' activations again in the backward pass, instead of keeping them.
+
+    Raises:
+        ConfigError: if it is neither a `StudentModel` nor a model of transformers that can do so.
+    """
+    if isinstance(model, StudentModel):
+        model.gradient_checkpointing = True
+    elif isinstance(model, CanCheckpoint) and model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        raise ConfigError(
+            f"train.gradient_checkpointing=true, but {type(model).__name__} does not say how: set it to false."
+        )
 
 
 def _find_linear(model: nn.Module) -> nn.Linear:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kd.config import ModelConfig
 
@@ -214,7 +215,11 @@ class TransformerBlock(nn.Module):
 
 
 class StudentModel(nn.Module):
-    """Decoder-only language model; the head shares the embedding's weight."""
+    """Decoder-only language model; the head shares the embedding's weight.
+
+    `gradient_checkpointing` (off) lets training compute each block's activations again instead of keeping them; it
+    takes no cache.
+    """
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -222,6 +227,7 @@ class StudentModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -264,7 +270,10 @@ class StudentModel(nn.Module):
         positions = Positions(self.rope_cos[past:end], self.rope_sin[past:end], visible)
         x: Tensor = self.embedding(input_ids)  # (B, L, H)
         for index, layer in enumerate(self.layers):
-            x = layer(x, positions, None if cache is None else cache.layers[index])
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, positions, use_reentrant=False)
+            else:
+                x = layer(x, positions, None if cache is None else cache.layers[index])
         hidden: Tensor = self.norm(x)
         return hidden
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+from kd.config.train import OPTIMIZERS, SCHEDULES
+
+WSD_DECAY_SHARE = 0.1
 SGD_MOMENTUM = 0.9
 
 
@@ -88,34 +90,51 @@ def configure_optimizer(
     return create_optimizer(optimizer_type, get_parameter_groups(model, weight_decay), lr)
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Return a schedule: linear warm-up to the optimizer's learning rate, then half a cosine down to 0.
+def create_schedule(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    warmup_steps: int,
+    total_steps: int,
+    decay_steps: int | None = None,
+) -> LambdaLR:
+    """Return a schedule: linear warm-up to the optimizer's learning rate, then what the name says.
 
-    Step s, counted from 0, takes (s + 1) / warmup_steps of the peak while s < warmup_steps. The rate is 0 at
-    total_steps, which is one past the last step, and after.
+    Step s, counted from 0, takes (s + 1) / warmup_steps of the peak while s < warmup_steps. All but "constant" reach 0
+    at total_steps, which is one past the last step.
 
     Args:
+        name: "cosine" (half a cosine down to 0), "linear" (down to 0), "constant", or "wsd" (constant, then linear down
+            to 0 over the last `decay_steps`).
         optimizer: its learning rates are the peak.
         warmup_steps: >= 0. A warm-up longer than the run never reaches the peak.
         total_steps: optimizer steps of the run, > 0.
+        decay_steps: of "wsd"; None: a tenth of the run.
 
     Raises:
-        ValueError: if a number of steps is out of range.
+        ValueError: if the name is unknown or a number of steps is out of range.
 
-    Source: Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5, without restarts.
+    Source: Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5, without restarts (cosine); Hu et al. 2024 (MiniCPM),
+        arXiv:2404.06395, section 4 (wsd, where a tenth of the run decays).
     """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule={name} is unknown: use one of {', '.join(SCHEDULES)}.")
     if warmup_steps < 0 or total_steps <= 0:
         raise ValueError(
             f"warmup_steps={warmup_steps}, total_steps={total_steps} is not allowed: the first must be 0 or more, the "
             "second greater than 0."
         )
+    decay = max(1, round(WSD_DECAY_SHARE * total_steps)) if decay_steps is None else decay_steps
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
+        if name == "constant":
+            return 1.0
         if step >= total_steps:
             return 0.0
+        if name == "wsd":
+            return min(1.0, (total_steps - step) / decay)
         progress = (step - warmup_steps) / (total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1 - progress if name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)

@@ -28,7 +28,7 @@ from kd.data import (
 )
 from kd.errors import ConfigError, DataError
 from kd.files import digest_of, file_digest
-from kd.runs import NOT_IN_IDENTITY, Fingerprints, RunIdentity, check_outputs, run_identity
+from kd.runs import Fingerprints, RunIdentity, check_outputs, run_identity
 from kd.teacher_files import PretrainedTeacher, check_vocabulary, find_teacher
 
 if TYPE_CHECKING:
@@ -144,10 +144,8 @@ def _teacher_fingerprint(
 
 def embedded_teacher_fingerprint(config: EmbeddedTeacherConfig, data: DataConfig, corpus: str, tokenizer: str) -> str:
     """Return the hash of all that determines the embedded teacher's weights: its recipe, known before it is trained."""
-    recipe = asdict(config)
+    recipe = asdict(config) | {"train": config.train.identity()}
     del recipe["cache"]
-    for name in NOT_IN_IDENTITY:
-        del recipe["train"][name]
     content = {"recipe": recipe, "seq_len": data.seq_len, "corpus": corpus, "tokenizer": tokenizer}
     return digest_of({"format": EMBEDDED_TEACHER_FORMAT} | content)
 

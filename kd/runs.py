@@ -40,7 +40,6 @@ PATIENCE_SECONDS = 0.3
 """How long a lock is asked for before its run counts as held: whoever reads a state holds it for an instant."""
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core")
-NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval", "compile")
 COLUMNS = (
     "train_step",
     "train_loss",
@@ -95,7 +94,7 @@ def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
     Device, threads, tracker, paths and the intervals of logging and saving do not enter. At `alpha=0`
     neither temperature nor teacher do: there is one baseline.
     """
-    train = {key: value for key, value in asdict(config.train).items() if key not in NOT_IN_IDENTITY}
+    train = config.train.identity()
     teacher = fingerprints.teacher
     settings = config.train.trainer
     if isinstance(config.train, TrainingConfig):

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -75,12 +76,19 @@ class LiveTeacher:
         """Return what the head sees, (B, L, width), of a batch's `input_ids`."""
         if self._split is None:
             raise ValueError(f"The teacher has no hidden states to give: {self.no_head}.")
-        return self._split.hidden(batch["input_ids"])
+        with self._own_precision(batch):
+            return self._split.hidden(batch["input_ids"])
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Return next-token logits (B, L, V) of a batch's `input_ids`."""
-        return logits_of(self.model(batch["input_ids"]))
+        with self._own_precision(batch):
+            return logits_of(self.model(batch["input_ids"]))
+
+    @staticmethod
+    def _own_precision(batch: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """What the student is computed in is not the teacher's concern; cached hidden states do not know of it."""
+        return torch.autocast(batch["input_ids"].device.type, enabled=False)
 
 
 def freeze(model: nn.Module) -> nn.Module:

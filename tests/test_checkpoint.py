@@ -25,7 +25,7 @@ from kd.config import ModelConfig
 from kd.errors import IntegrityError
 from kd.files import seal_directory
 from kd.model import StudentModel
-from kd.optim import configure_optimizer, cosine_schedule
+from kd.optim import configure_optimizer, create_schedule
 
 SIZES = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 24}
 
@@ -79,14 +79,14 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_model_optimizer_and_scheduler_come_back_bit_by_bit(tmp_path: Path) -> None:
     model = make_student()
     optimizer = configure_optimizer(model, lr=1e-2)
-    schedule = cosine_schedule(optimizer, 2, 10)
+    schedule = create_schedule("cosine", optimizer, 2, 10)
     train_steps(model, optimizer, schedule, 3)
     state = {"optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
     save_checkpoint(tmp_path / "checkpoint-3", model, state)
 
     other = make_student(seed=1)
     other_optimizer = configure_optimizer(other, lr=1e-3)
-    other_schedule = cosine_schedule(other_optimizer, 2, 10)
+    other_schedule = create_schedule("cosine", other_optimizer, 2, 10)
     load_weights(tmp_path / "checkpoint-3", other)
     loaded = load_state(tmp_path / "checkpoint-3")
     other_optimizer.load_state_dict(loaded["optimizer"])

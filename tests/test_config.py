@@ -89,7 +89,28 @@ def test_the_training_defaults_are_the_specified_ones() -> None:
 
 def test_later_fields_leave_the_specified_behaviour_unchanged() -> None:
     more = {key: value for key, value in asdict(TrainingConfig()).items() if key not in SPECIFIED_TRAINING}
-    assert more == {"gradient_accumulation_steps": 1, "max_steps": None, "eval_blocks": None, "compile": False}
+    assert more == {
+        "gradient_accumulation_steps": 1,
+        "max_steps": None,
+        "eval_blocks": None,
+        "compile": False,
+        "optimizer": "adamw",
+        "schedule": "cosine",
+        "decay_steps": None,
+        "precision": "float32",
+        "gradient_checkpointing": False,
+        "early_stopping_patience": None,
+    }
+
+
+def test_what_came_later_does_not_rename_earlier_runs() -> None:
+    settings = {"alpha", "temperature", "gradient_accumulation_steps", "max_steps", "eval_blocks"}
+    settings |= SPECIFIED_TRAINING.keys() - {"checkpoint_dir", "log_interval", "save_interval"}
+    assert TrainingConfig().identity().keys() == settings
+    assert TrainingConfig(gradient_checkpointing=True, compile=True).identity() == TrainingConfig().identity()
+    for name, value in (("precision", "bfloat16"), ("schedule", "wsd"), ("optimizer", "sgd")):
+        assert TrainingConfig(**{name: value}).identity() == TrainingConfig().identity() | {name: value}
+    assert TrainingConfig(early_stopping_patience=2).identity()["early_stopping_patience"] == 2
 
 
 def test_the_student_file_says_the_defaults() -> None:
@@ -168,6 +189,11 @@ TRAINER_REFUSED = {
     "gradient_accumulation_steps": SIZES,
     "max_steps": SIZES,
     "eval_blocks": SIZES,
+    "optimizer": ("", "lion", "AdamW"),
+    "schedule": ("", "step"),
+    "decay_steps": (5, *SIZES),  # 5: it has no effect without schedule=wsd
+    "precision": ("", "fp16", "torch.float16"),
+    "early_stopping_patience": SIZES,
 }
 DISTILLATION_REFUSED = {"alpha": (-0.01, 1.01, *NOT_FINITE), "temperature": (0.0, -1.0, *NOT_FINITE)}
 DATA_REFUSED = {

@@ -6,15 +6,22 @@ import math
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from kd.config import ModelConfig
 from kd.model import StudentModel
-from kd.optim import configure_optimizer, cosine_schedule, create_optimizer, get_parameter_groups
+from kd.optim import configure_optimizer, create_optimizer, create_schedule, get_parameter_groups
 from tests.commands import environment
 
 CONFIG = ModelConfig(
@@ -30,7 +37,7 @@ def grouped_ids(groups: list[dict[str, Any]]) -> list[int]:
 def learning_rates(warmup_steps: int, total_steps: int, num_steps: int) -> list[float]:
     """Return the learning rate that each optimizer step takes, at a peak of 2."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = cosine_schedule(optimizer, warmup_steps, total_steps)
+    schedule = create_schedule("cosine", optimizer, warmup_steps, total_steps)
     rates = []
     for _ in range(num_steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -152,16 +159,64 @@ def test_warm_up_as_long_as_the_run(warmup_steps: int, total_steps: int) -> None
     assert rates == pytest.approx([2 * (step + 1) / warmup_steps for step in range(total_steps)])
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+def test_schedules_after_the_warm_up_are_those_of_transformers(name: str, warmup_steps: int) -> None:
+    """Theirs starts at a rate of 0, which moves nothing; so their step s + 1 of the warm-up is ours s."""
+    total, decay = 20, 5
+
+    def rates(make: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LambdaLR]) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+        schedule = make(optimizer)
+        found = []
+        for _ in range(total):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    decay_steps = decay if name == "wsd" else None
+    ours = rates(lambda optimizer: create_schedule(name, optimizer, warmup_steps, total, decay_steps))
+    theirs = rates(lambda optimizer: _transformers_schedule(name, optimizer, warmup_steps, total, decay))
+    assert ours[warmup_steps:] == pytest.approx(theirs[warmup_steps:])
+    assert ours[:warmup_steps] == pytest.approx([*theirs[1:warmup_steps], 2.0][:warmup_steps])
+
+
+def _transformers_schedule(
+    name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total: int, decay: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    if name == "constant":
+        return get_constant_schedule_with_warmup(optimizer, warmup_steps)
+    if name == "wsd":
+        return get_wsd_schedule(
+            optimizer, warmup_steps, decay, num_stable_steps=total - warmup_steps - decay, decay_type="linear"
+        )
+    get = get_linear_schedule_with_warmup if name == "linear" else get_cosine_schedule_with_warmup
+    return get(optimizer, warmup_steps, total)
+
+
+def test_wsd_decays_over_a_tenth_of_the_run_unless_told() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = create_schedule("wsd", optimizer, 0, 40).lr_lambdas[0]
+    assert [factor(step) for step in (0, 36, 37, 38, 39, 40)] == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match="schedule=step is unknown: use one of cosine, linear, constant, wsd"):
+        create_schedule("step", optimizer, 0, 10)
+
+
 def test_schedule_state_is_plain_data() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = cosine_schedule(optimizer, 2, 10)
+    schedule = create_schedule("cosine", optimizer, 2, 10)
     for _ in range(5):
         optimizer.step()
         schedule.step()
     state = schedule.state_dict()
     assert state["lr_lambdas"] == [None]
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    resumed = cosine_schedule(other, 2, 10)
+    resumed = create_schedule("cosine", other, 2, 10)
     resumed.load_state_dict(state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns when a schedule steps before its optimizer

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, final
@@ -11,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from kd.checkpoint import load_weights
 from kd.data import BlockLoader
 from kd.errors import Interrupted, NumericError
 from kd.losses import IGNORE_INDEX
@@ -63,7 +65,10 @@ class BaseTrainer(TrainerState[C], ABC):
 
     @abstractmethod
     def _compute_loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, Terms]:
-        """Return the mean loss over the batch's valid units (0-d, with a graph) and its detached terms."""
+        """Return the mean loss over the batch's valid units (0-d, with a graph) and its detached terms.
+
+        A loss with parts that are means over different units is (K,), and `_count_units` then gives (K,) too.
+        """
 
     def _score_batch(self, batch: Batch, with_teacher: bool) -> BlockScores:
         """Score a prepared batch, also against a teacher if asked and at hand; only needed for evaluation."""
@@ -78,7 +83,7 @@ class BaseTrainer(TrainerState[C], ABC):
         return batch["input_ids"].numel()
 
     def _count_units(self, batch: Batch) -> Tensor:
-        """Return how many units the loss of a batch is a mean over: its valid targets. 0-d."""
+        """Return how many units the loss of a batch is a mean over: its valid targets. 0-d, or (K,) for K parts."""
         return (batch["labels"] != IGNORE_INDEX).sum()
 
     # --- the loop ------------------------------------------------------------------------------------------------
@@ -122,25 +127,28 @@ class BaseTrainer(TrainerState[C], ABC):
             units: Valid units of the whole window that the loss is normalised by; the batch's own if None.
 
         Returns:
-            `loss` (the batch's mean) and the loss terms.
+            `loss` (the batch's mean) and the loss terms. With `precision=float16` the gradients are scaled.
         """
         prepared = self._prepare_batch(batch)
         count = self._count_units(prepared)
         terms = self._backward(prepared, count, count if units is None else units)
-        return {name: float(value) for name, value in terms.items()}
+        return {name: float(value.sum()) for name, value in terms.items()}
 
     def _windows(self) -> Iterator[list[Batch]]:
         """Yield the windows that are left, from the current epoch and batch on."""
-        while self.step < self.total_steps:
+        while not self._is_over():
             batches = self._open_epoch()
             self._restore_pending_rng()
             while window := list(itertools.islice(batches, self.config.gradient_accumulation_steps)):
                 self.batch_in_epoch += len(window)
                 yield window
-                if self.step >= self.total_steps:
+                if self._is_over():
                     return
             self.epoch += 1
             self.batch_in_epoch = 0
+
+    def _is_over(self) -> bool:
+        return self.step >= self.total_steps or self._has_stopped_gaining()
 
     def _open_epoch(self) -> Iterator[Batch]:
         loader = self.train_loader
@@ -162,22 +170,33 @@ class BaseTrainer(TrainerState[C], ABC):
         self.step += 1
 
     def _backward(self, batch: Batch, count: Tensor, units: Tensor) -> Terms:
-        loss, terms = self._compute_loss(self._forward(batch), batch)
-        (loss * (count / units.clamp_min(1))).backward()  # type: ignore[no-untyped-call]
+        with self.precision.autocast():
+            loss, terms = self._compute_loss(self._forward(batch), batch)
+        share = (loss * (count / units.clamp_min(1))).sum()
+        self.precision.scale(share).backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach(), **terms}
 
     def _optimizer_step(self) -> None:
+        self.precision.unscale(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if torch.isfinite(norm):
             # Not before: clipping by a NaN norm would spread it to all gradients and hide where it began.
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.gradient_clip, norm)
-            self.optimizer.step()
+            self.precision.step(self.optimizer)
             self._meter.add({"grad_norm": norm.detach()}, weight=torch.ones_like(norm))
             self._bad_steps = 0
+        elif self.precision.can_lower_scale:
+            log.info(
+                "step %d: float16 gradients overflowed; the step is not taken, and the loss scaled less", self.step + 1
+            )
         else:
             self._warn_not_finite()
+        self.precision.adapt()
         self._learning_rate = self.optimizer.param_groups[0]["lr"]  # of this step: the scheduler now moves on
-        self.lr_scheduler.step()
+        with warnings.catch_warnings():
+            # A step that was not taken counts for the schedule too, which torch takes for a mistake.
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")
+            self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _warn_not_finite(self) -> None:
@@ -262,7 +281,8 @@ class BaseTrainer(TrainerState[C], ABC):
             seen = 0
             for batch in loader:
                 self._raise_if_stopped()
-                parts.append(self._score_batch(self._prepare_batch(batch), with_teacher))
+                with self.precision.autocast():
+                    parts.append(self._score_batch(self._prepare_batch(batch), with_teacher))
                 seen += len(parts[-1].tokens)
                 if max_blocks is not None and seen >= max_blocks:
                     break
@@ -280,6 +300,32 @@ class BaseTrainer(TrainerState[C], ABC):
         if self.val_loader is None or not due or (steps and steps[-1] == self.step):
             return
         self._record_scores(self.score(max_blocks=self.config.eval_blocks))
+        self._watch_for_gain()
+
+    def _watch_for_gain(self) -> None:
+        """Keep the weights of a new lowest loss, if training may have to go back to them."""
+        if self.config.early_stopping_patience is None:
+            return
+        if self.best_step == self.step:
+            self._evaluations_without_gain = 0
+            self._save()
+        else:
+            self._evaluations_without_gain += 1
+
+    def _has_stopped_gaining(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self._evaluations_without_gain >= patience
+
+    def _return_to_best(self) -> None:
+        """Load the weights of the lowest validation loss."""
+        steps = self.history.validation.get("val_step", [])
+        if not steps or steps[-1] != self.step:
+            self._record_scores(self.score(max_blocks=self.config.eval_blocks))
+        for column in self.history.validation.values():
+            column.pop()  # the final evaluation takes its place
+        if self.best_step not in (None, self.step):
+            log.info("Going back to the weights of step %d, whose validation loss is lowest", self.best_step)
+            load_weights(self._checkpoint_path(self.best_step), self.model)
 
     def _record_scores(self, scores: BlockScores) -> None:
         row: dict[str, Number] = {"val_step": self.step, **scores.metrics()}
@@ -313,6 +359,8 @@ class BaseTrainer(TrainerState[C], ABC):
     def _finish(self) -> None:
         """Evaluate on the whole validation set, and save."""
         if self.val_loader is not None:
+            if self.config.early_stopping_patience is not None:
+                self._return_to_best()
             self.final_scores = self.score()
             steps = self.history.validation.get("val_step", [])
             if not steps or steps[-1] != self.step:

@@ -23,7 +23,7 @@ class Meter:
         self._since = time.monotonic()
 
     def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
-        """Add values (detached, 0-d) that count `weight` units (0-d)."""
+        """Add values (detached) that count `weight` units; both 0-d, or (K,) for a sum of K means."""
         weight = weight.double()
         for name, value in values.items():
             # A batch without units has no say, also where its value is not a number.
@@ -45,12 +45,12 @@ class Meter:
 
     def latest(self) -> dict[str, float]:
         """Return the last value of each name."""
-        return {name: float(value) for name, value in self._latest.items()}
+        return {name: float(value.sum()) for name, value in self._latest.items()}
 
     def take(self) -> tuple[dict[str, float], float]:
         """Return the means by name (NaN where nothing was added) and tokens per second, and start anew."""
         means = {
-            name: float(self._sums[name] / self._weights[name]) if name in self._sums else float("nan")
+            name: float((self._sums[name] / self._weights[name]).sum()) if name in self._sums else float("nan")
             for name in self._names
         }
         seconds = time.monotonic() - self._since

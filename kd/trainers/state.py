@@ -17,13 +17,15 @@ from kd.checkpoint import load_state, load_weights, save_checkpoint
 from kd.config import TrainerConfig
 from kd.distributed import get_rank, get_world_size, is_distributed
 from kd.files import write_json
+from kd.heads import enable_gradient_checkpointing
 from kd.model import StudentModel, forward_flops_per_token, num_parameters
-from kd.optim import configure_optimizer, cosine_schedule
+from kd.optim import configure_optimizer, create_schedule
 from kd.runs import History
 from kd.stop import StopSignal
 from kd.trainers.evaluation import BlockScores
 from kd.trainers.machine import peak_memory_bytes, restore_rng, rng_state
 from kd.trainers.meter import Meter
+from kd.trainers.precision import Precision
 
 log = logging.getLogger("kd")
 
@@ -59,12 +61,21 @@ class TrainerState(Generic[C]):
         self.use_ddp = is_distributed() and get_world_size() > 1
         self.is_main = get_rank() == 0
         self.total_steps = self._count_steps()
+        if self.config.early_stopping_patience is not None and train_loader is not None and val_loader is None:
+            raise ValueError("early_stopping_patience watches the validation loss, and no val_loader was given")
         self.optimizer = optimizer or configure_optimizer(
-            self.model, "adamw", lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+            self.model, self.config.optimizer, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
         )
-        self.lr_scheduler = lr_scheduler or cosine_schedule(
-            self.optimizer, self.config.warmup_steps, max(self.total_steps, 1)
+        self.lr_scheduler = lr_scheduler or create_schedule(
+            self.config.schedule,
+            self.optimizer,
+            self.config.warmup_steps,
+            max(self.total_steps, 1),
+            self.config.decay_steps,
         )
+        self.precision = Precision(self.config.precision, self.device)
+        if self.config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.model)
 
         self.state = "initialized"
         self.step = 0
@@ -77,6 +88,7 @@ class TrainerState(Generic[C]):
         self.history = History()
         self.stop = StopSignal()
         self._bad_steps = 0
+        self._evaluations_without_gain = 0
         self._meter = Meter(("loss", "grad_norm", *self.loss_terms))
         self._pending_rng: dict[str, Any] | None = None
         self._learning_rate = self.config.learning_rate
@@ -125,6 +137,8 @@ class TrainerState(Generic[C]):
             "rng": rng_state(),
             "meter": self._meter.state_dict(),
             "bad_steps": self._bad_steps,
+            "loss_scale": self.precision.state_dict(),
+            "evaluations_without_gain": self._evaluations_without_gain,
             "history": asdict(self.history),
             "wall_seconds": self._wall_seconds(),
             "extra": self._get_extra_checkpoint_state(),
@@ -153,6 +167,8 @@ class TrainerState(Generic[C]):
         self.history = History(**state["history"])
         self._meter.load_state_dict(state["meter"], self.device)
         self._bad_steps = state["bad_steps"]
+        self.precision.load_state_dict(state["loss_scale"])
+        self._evaluations_without_gain = state["evaluations_without_gain"]
         self._wall_before = state["wall_seconds"]
         self._pending_rng = state["rng"]
         if state["extra"] is not None:
@@ -165,8 +181,11 @@ class TrainerState(Generic[C]):
             self._pending_rng = None
 
     def _save(self) -> None:
+        self.save_checkpoint(self._checkpoint_path(self.step))
+
+    def _checkpoint_path(self, step: int | None) -> Path:
         root = Path() if self.run_dir is None else self.run_dir
-        self.save_checkpoint(root / self.config.checkpoint_dir / f"checkpoint-{self.step}")
+        return root / self.config.checkpoint_dir / f"checkpoint-{step}"
 
     # --- records -------------------------------------------------------------------------------------------------
 
@@ -184,12 +203,19 @@ class TrainerState(Generic[C]):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.run_dir / "history.json", self.history.to_json())
 
+    def _unusual_settings(self) -> dict[str, Any]:
+        """Settings of the base that are not as specified, for the log."""
+        usual = TrainerConfig()
+        names = ("optimizer", "schedule", "precision", "gradient_checkpointing", "compile", "early_stopping_patience")
+        return {name: value for name in names if (value := getattr(self.config, name)) != getattr(usual, name)}
+
     def _announce(self) -> None:
         settings = {
             "parameters": f"{num_parameters(self.model):,}",
             "device": self.device,
             "steps": self.total_steps,
             "batch": f"{self.config.batch_size} x {self.config.gradient_accumulation_steps}",
+            **self._unusual_settings(),
             **self._get_extra_config_info(),
         }
         log.info("%s: %s", type(self).__name__, ", ".join(f"{key} {value}" for key, value in settings.items()))

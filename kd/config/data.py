@@ -1,0 +1,82 @@
+"""What to train on."""
+
+from dataclasses import dataclass
+
+from kd.config.checks import require, require_positive
+from kd.errors import ConfigError
+
+MISSING = "???"
+"""OmegaConf's mark for a value that must be given."""
+
+
+@dataclass
+class DataConfig:
+    """What every corpus needs: tokenizer, block length, split."""
+
+    tokenizer: str = "teacher"
+    """`teacher`: the teacher's own; `bpe`: byte-level BPE of model.vocab_size tokens, trained on the training part, as
+    the embedded teacher's is; else a path or Hub id."""
+    seq_len: int = 512
+    """Inputs (and targets) per block, in tokens."""
+    sample_size: int | None = 50_000_000
+    """About how many bytes of text to take, whole documents drawn at random; null: all."""
+    val_ratio: float = 0.1
+    """Share of documents for validation."""
+    test_ratio: float = 0.0
+    """Share of documents for the test part, scored once, at the end."""
+    max_train_blocks: int | None = None
+    """Train on this many blocks, spread evenly over the training part; null: all."""
+    max_eval_blocks: int | None = None
+    """Validate, and test, on this many blocks, spread evenly over their parts; null: all."""
+    num_workers: int = 0
+    """Processes that load batches; 0: the training process itself."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.tokenizer), "data.tokenizer", "''", "use teacher, bpe, a path or a Hub id")
+        require_positive("data", self, "seq_len", "sample_size", "max_train_blocks", "max_eval_blocks")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it must be 0 or more")
+        require(0 < self.val_ratio < 1, "data.val_ratio", self.val_ratio, "it must be in (0, 1)")
+        require(0 <= self.test_ratio < 1, "data.test_ratio", self.test_ratio, "it must be in [0, 1)")
+        if self.val_ratio + self.test_ratio >= 1:
+            raise ConfigError(
+                f"data.val_ratio={self.val_ratio} and data.test_ratio={self.test_ratio} leave nothing to train on: "
+                "their sum must be below 1."
+            )
+
+
+@dataclass
+class StdlibDataConfig(DataConfig):
+    """The embedded corpus: the source text of the running Python's standard library, split by top-level module."""
+
+
+@dataclass
+class TextDataConfig(DataConfig):
+    """Local files: .txt, .md, .py (a document each), .jsonl and .parquet (a document a row)."""
+
+    path: str = MISSING
+    """A file, a folder (searched through) or a glob pattern."""
+    text_column: str = "text"
+    """Column of .jsonl and .parquet rows that holds the text."""
+    document_separator: str | None = None
+    """Cut .txt, .md and .py files into documents at this string; null: a file is a document."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.path), "data.path", "''", "give a file, a folder or a glob pattern")
+        require(self.document_separator != "", "data.document_separator", "''", "give a string, or null")
+
+
+@dataclass
+class HubDataConfig(DataConfig):
+    """A data set of the Hugging Face Hub, or a local directory in the same format."""
+
+    path: str = MISSING
+    """Hub id or local directory, as for `datasets.load_dataset`."""
+    name: str | None = None
+    """Configuration of the data set."""
+    revision: str | None = None
+    """Branch, tag or commit; null: the default branch."""
+    split: str = "train"
+    """Split whose documents are taken (and split again by `val_ratio`)."""
+    text_column: str = "text"
+    """Column that holds the text."""

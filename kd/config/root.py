@@ -1,0 +1,90 @@
+"""A whole run, and how its parts must fit together."""
+
+import re
+from dataclasses import dataclass, field
+
+from kd.config.checks import require
+from kd.config.data import DataConfig, HubDataConfig
+from kd.config.model import ModelConfig
+from kd.config.teacher import EmbeddedTeacherConfig, HubTeacherConfig, TeacherConfig
+from kd.config.train import TrainerConfig, TrainingConfig
+from kd.errors import ConfigError
+
+SMALLEST_BPE = 257
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainerConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=HubDataConfig)
+    teacher: TeacherConfig = field(default_factory=HubTeacherConfig)
+    name: str = "default"
+    """Of the experiment: runs go to outputs/<name>/."""
+    seed: int = 0
+    """Of initialisation, data order and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    threads: int | None = None
+    """CPU threads; null: as torch chooses."""
+    init_from: str | None = None
+    """A run's directory whose last checkpoint initialises the student; null: from scratch."""
+    overwrite: bool = False
+    """Do a finished run again."""
+    tracker: str = "none"
+    """Experiment tracker."""
+
+    def __post_init__(self) -> None:
+        allowed = "use letters, digits, '.', '-' and '_' (100 at most, a letter or digit first)"
+        require(NAME_PATTERN.fullmatch(self.name) is not None, "name", repr(self.name), allowed)
+        require(0 <= self.seed < 2**32, "seed", self.seed, "it must be in [0, 2^32)")
+        require(self.threads is None or self.threads > 0, "threads", self.threads, "it must be greater than 0")
+        device_ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        require(device_ok, "device", self.device, "use auto, cpu, cuda or cuda:N")
+        require(self.tracker == "none", "tracker", self.tracker, "only none is supported")
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}: "
+                f"set model.max_seq_len={self.data.seq_len} or shorten the blocks."
+            )
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        without_teacher = type(self.teacher) is TeacherConfig
+        if isinstance(self.train, TrainingConfig) and self.train.alpha > 0 and without_teacher:
+            raise ConfigError(
+                f"teacher=none with train.alpha={self.train.alpha}: distillation needs a teacher. "
+                "Set train.alpha=0, or choose a teacher."
+            )
+        if self.data.tokenizer == "teacher" and without_teacher:
+            raise ConfigError(
+                "data.tokenizer=teacher with teacher=none: there is no teacher whose tokenizer could be used. "
+                "Set data.tokenizer=bpe, or to a path or Hub id."
+            )
+        teacher = self.teacher
+        trains_bpe = self.data.tokenizer == "bpe" or isinstance(teacher, EmbeddedTeacherConfig)
+        if trains_bpe and self.model.vocab_size < SMALLEST_BPE:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size} is too small for a byte-level BPE, which needs the 256 "
+                f"bytes and an end-of-text token: set model.vocab_size={SMALLEST_BPE} or more."
+            )
+        if not isinstance(teacher, EmbeddedTeacherConfig):
+            return
+        if self.data.tokenizer not in ("teacher", "bpe"):
+            raise ConfigError(
+                f"data.tokenizer={self.data.tokenizer} with teacher=embedded: that teacher is trained with a "
+                "BPE of its own. Set data.tokenizer=teacher."
+            )
+        if teacher.model.vocab_size != self.model.vocab_size:
+            raise ConfigError(
+                f"teacher.model.vocab_size={teacher.model.vocab_size}, but model.vocab_size={self.model.vocab_size}: "
+                "their logits are compared column by column, so set both to the same."
+            )
+        if self.data.seq_len > teacher.model.max_seq_len:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len} is longer than teacher.model.max_seq_len="
+                f"{teacher.model.max_seq_len}: set teacher.model.max_seq_len={self.data.seq_len}."
+            )

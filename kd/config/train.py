@@ -1,0 +1,126 @@
+"""How to train: a configuration for each trainer, derived from a common base."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from kd.config.checks import require, require_finite, require_positive
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval", "compile", "gradient_checkpointing")
+"""What changes no result but by rounding."""
+LATER = ("optimizer", "schedule", "decay_steps", "precision", "early_stopping_patience")
+"""What came later: as it was before, it does not enter, so that earlier runs are still known."""
+
+
+@dataclass
+class TrainerConfig:
+    """What every trainer needs; each trainer's own configuration derives from it."""
+
+    trainer: ClassVar[str] = ""
+    """Name of the trainer that takes this configuration."""
+
+    batch_size: int = 8
+    """Sequences per micro-batch."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; norm weights have none."""
+    warmup_steps: int = 500
+    """Linear warm-up, in optimizer steps."""
+    num_epochs: int = 3
+    """Passes over the training blocks."""
+    gradient_clip: float = 1.0
+    """Largest global norm of the gradient."""
+    checkpoint_dir: str = "checkpoints/"
+    """Relative to the run's directory."""
+    log_interval: int = 50
+    """Optimizer steps between log lines."""
+    eval_interval: int = 500
+    """Optimizer steps between evaluations."""
+    save_interval: int = 1000
+    """Optimizer steps between checkpoints."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, if that is sooner than num_epochs; null: no limit."""
+    eval_blocks: int | None = None
+    """Validation blocks of the evaluations on the way (the last one takes all); null: all."""
+    compile: bool = False
+    """Let torch compile the student's body: slower to start, and results differ by rounding."""
+    optimizer: str = "adamw"
+    """adamw, adam (decay as part of the gradient) or sgd (momentum 0.9)."""
+    schedule: str = "cosine"
+    """After the warm-up: cosine or linear, down to 0; constant; or wsd (warm-up, stable, decay): constant, then linear
+    down to 0 over the last decay_steps."""
+    decay_steps: int | None = None
+    """Of schedule=wsd, in optimizer steps; null: a tenth of the run."""
+    precision: str = "float32"
+    """Of the matrix products: float32, bfloat16, or float16 with loss scaling. Weights are float32 in all of them."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside a block, but compute them again for the backward pass: less memory, a third slower."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row without a lower validation loss, and go back to the weights of the
+    lowest; null: train to the end."""
+
+    def __post_init__(self) -> None:
+        require(self.optimizer in OPTIMIZERS, "train.optimizer", self.optimizer, f"use one of {', '.join(OPTIMIZERS)}")
+        require(self.schedule in SCHEDULES, "train.schedule", self.schedule, f"use one of {', '.join(SCHEDULES)}")
+        require(self.precision in PRECISIONS, "train.precision", self.precision, f"use one of {', '.join(PRECISIONS)}")
+        has_decay = self.decay_steps is None or self.schedule == "wsd"
+        require(has_decay, "train.decay_steps", self.decay_steps, "it has an effect with train.schedule=wsd only")
+        require_positive("train", self, "decay_steps", "early_stopping_patience")
+        require_finite("train", self, "learning_rate", "weight_decay", "gradient_clip")
+        require_positive("train", self, "batch_size", "learning_rate", "num_epochs", "gradient_clip")
+        require_positive("train", self, "log_interval", "eval_interval", "save_interval")
+        require_positive("train", self, "gradient_accumulation_steps", "max_steps", "eval_blocks")
+        for name in ("weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "it must be 0 or more")
+        parts = self.checkpoint_dir.replace("\\", "/").split("/")
+        require(
+            bool(self.checkpoint_dir) and not self.checkpoint_dir.startswith("/") and ".." not in parts,
+            "train.checkpoint_dir",
+            self.checkpoint_dir,
+            "it must be a folder inside the run's directory, like checkpoints/",
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that determine the result, by name."""
+        usual = asdict(TrainerConfig())
+        values = {name: value for name, value in asdict(self).items() if name not in NOT_IN_IDENTITY}
+        return {name: value for name, value in values.items() if name not in LATER or value != usual[name]}
+
+
+@dataclass
+class PretrainConfig(TrainerConfig):
+    """Plain next-token training: cross-entropy on all tokens."""
+
+    trainer: ClassVar[str] = "pretrain"
+
+
+@dataclass
+class TrainingConfig(TrainerConfig):
+    """Distillation: alpha * T^2 * KL(teacher/T || student/T) + (1 - alpha) * cross-entropy."""
+
+    trainer: ClassVar[str] = "distillation"
+
+    alpha: float = 0.5
+    """Weight of the distillation term, in [0, 1]; 0 is plain cross-entropy."""
+    temperature: float = 2.0
+    """Distillation temperature, > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # From Python, 4 and 4.0 must be one run.
+        self.alpha, self.temperature = float(self.alpha), float(self.temperature)
+        require(0 <= self.alpha <= 1, "train.alpha", self.alpha, "it must be in [0, 1]")
+        require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            "train.temperature",
+            self.temperature,
+            "it must be a finite number greater than 0",
+        )

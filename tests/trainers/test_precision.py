@@ -1,0 +1,122 @@
+"""Mixed precision: float32 weights, half-precision products, and gradients that are measured without the loss scale."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kd.errors import Interrupted, NumericError
+from kd.teacher import LiveTeacher
+from kd.trainers.precision import Precision
+
+from .helpers import (
+    MakeTrainer,
+    first_gradients,
+    history_of,
+    make_batches,
+    make_student,
+    same_tensors,
+    stop_in,
+    weights,
+)
+
+HALF = ("bfloat16", "float16")
+SETTINGS: dict[str, Any] = {"num_epochs": 2, "log_interval": 4, "gradient_accumulation_steps": 2, "learning_rate": 3e-3}
+
+
+def product_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Collect what the blocks' matrix products give from now on."""
+    seen: set[torch.dtype] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not model.get_parameter("embedding.weight"):
+            module.register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
+    return seen
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_products_are_in_half_precision_and_weights_are_not(make_trainer: MakeTrainer, precision: str) -> None:
+    model = make_student()
+    seen = product_dtypes(model)
+    trainer = make_trainer(model, make_batches(4), make_batches(2, seed=1), precision=precision, **SETTINGS)
+    trainer.train()
+    assert seen == {getattr(torch, precision)}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_gradients_are_those_of_float32_but_for_rounding(make_trainer: MakeTrainer, precision: str) -> None:
+    expected = first_gradients(make_trainer(make_student(), make_batches(4), gradient_clip=1e9, **SETTINGS))
+    found = first_gradients(
+        make_trainer(make_student(), make_batches(4), gradient_clip=1e9, precision=precision, **SETTINGS)
+    )
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # In float16 this holds only if the loss scale was taken out again before the optimizer saw them.
+        assert float((found[name] - gradient).norm() / gradient.norm()) < 0.05, name
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_the_clip_sees_gradients_without_the_loss_scale(make_trainer: MakeTrainer, precision: str) -> None:
+    norms = []
+    for name in ("float32", precision):
+        trainer = make_trainer(make_student(), make_batches(8), precision=name, **SETTINGS | {"log_interval": 1})
+        trainer.train()
+        norms.append(torch.tensor(trainer.history.train["grad_norm"][:3]))
+    torch.testing.assert_close(norms[1], norms[0], rtol=0.05, atol=0)
+
+
+def test_a_loss_scale_that_overflows_is_lowered_and_nothing_else(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(make_student(), make_batches(40), precision="float16", **SETTINGS)
+    trainer.precision.load_state_dict(trainer.precision.state_dict() | {"scale": 2.0**127})
+    with caplog.at_level(logging.INFO, logger="kd"):
+        trainer.train()
+    assert "float16 gradients overflowed" in caplog.text
+    assert "not finite" not in caplog.text
+    assert trainer.precision.scale_factor < 2.0**127
+    assert all(bool(torch.isfinite(value).all()) for value in weights(trainer.model).values())
+
+
+def test_float16_gradients_that_no_scale_makes_finite_end_the_run(make_trainer: MakeTrainer) -> None:
+    model = make_student()
+
+    def spoil(gradient: Tensor) -> Tensor:
+        return torch.full_like(gradient, float("nan"))
+
+    model.layers[0].ffn.up_proj.weight.register_hook(spoil)
+    trainer = make_trainer(model, make_batches(100), precision="float16", **SETTINGS)
+    with pytest.raises(NumericError, match="diverged"):
+        trainer.train()
+
+
+def test_a_stopped_float16_run_ends_with_the_same_bits(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def fresh(run_dir: Path) -> Any:
+        student = make_student(dropout=0.2)
+        return make_trainer(student, make_batches(10), run_dir=run_dir, precision="float16", **SETTINGS)
+
+    unstopped = fresh(tmp_path / "a")
+    unstopped.train()
+    again = fresh(tmp_path / "b")
+    stop_in(again, 4)
+    with pytest.raises(Interrupted):
+        again.train()
+    resumed = fresh(tmp_path / "b")
+    resumed.load_checkpoint(tmp_path / "b" / "checkpoints" / "checkpoint-4")
+    assert resumed.precision.state_dict() == again.precision.state_dict()
+    resumed.train()
+    assert resumed.precision.state_dict() == unstopped.precision.state_dict()
+    assert same_tensors(weights(resumed.model), weights(unstopped.model))
+    assert history_of(resumed) == history_of(unstopped)
+
+
+def test_a_live_teacher_keeps_its_own_precision() -> None:
+    teacher = LiveTeacher(make_student(seed=5), torch.device("cpu"))
+    batch = make_batches(1)[0]
+    expected = teacher.hidden(batch), teacher.logits(batch)
+    with Precision("bfloat16", torch.device("cpu")).autocast():
+        found = teacher.hidden(batch), teacher.logits(batch)
+    assert same_tensors(dict(enumerate(found)), dict(enumerate(expected)))  # type: ignore[arg-type]
