@@ -18,6 +18,7 @@ from kd.prepare import Parts, build_parts
 from kd.runs import Run, describe_environment
 from kd.stop import StopSignal
 from kd.trainers import DistillationTrainer, PretrainTrainer
+from kd.trainers.evaluation import BlockScores
 
 log = logging.getLogger("kd")
 
@@ -116,11 +117,12 @@ def _resume(trainer: AnyTrainer, config: Config) -> None:
 def _score_test(trainer: AnyTrainer, parts: Parts) -> None:
     """Write the per-block scores, and score the test part, once, with the final model."""
     assert trainer.run_dir is not None
-    assert trainer.final_scores is not None
+    assert isinstance(trainer.final_scores, BlockScores)
     trainer.final_scores.save(trainer.run_dir / "val_blocks.npy", parts.val_loader.dataset.document_ids)
     if parts.test_loader is None:
         return
     scores = trainer.score(parts.test_loader, with_teacher=False)
+    assert isinstance(scores, BlockScores)
     scores.save(trainer.run_dir / "test_blocks.npy", parts.test_loader.dataset.document_ids)
     trainer.record_test(scores)
 

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kd-generate", description="Continue a prompt with a run's student.")
     parser.add_argument("run", help="a run's directory, outputs/<name>/<run>, or a checkpoint in it")
     parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("--strategy", default="top_p", help="greedy, top_k or top_p (default)")
+    parser.add_argument("--strategy", default="top_p", help="greedy, top_k, top_p (default) or sample")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="most tokens to generate (256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature, > 0 (1)")
     parser.add_argument("--top-k", type=int, default=50, help="tokens to draw from, for top_k (50)")

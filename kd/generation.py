@@ -1,11 +1,12 @@
-"""Text from a trained student: greedy, top-k or top-p, one sequence at a time."""
+"""Text from a trained student: greedy, or drawn from all, the top-k or the top-p tokens; one sequence or a batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import ConfigError
@@ -14,7 +15,7 @@ from kd.model import KeyValueCache, StudentModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STRATEGIES = ("greedy", "top_k", "top_p")
+STRATEGIES = ("greedy", "sample", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class GenerationConfig:
     """How to choose the next tokens."""
 
     strategy: str = "greedy"
-    """greedy: the likeliest token; top_k, top_p: one drawn from the likeliest."""
+    """greedy: the likeliest token; sample: one drawn from all; top_k, top_p: one drawn from the likeliest."""
     max_new_tokens: int = 256
     """Most tokens to generate."""
     temperature: float = 1.0
@@ -67,13 +68,30 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return torch.full_like(logits, -math.inf).scatter(-1, ids, values)
 
 
-def choose_token(logits: Tensor, config: GenerationConfig, generator: torch.Generator) -> int:
-    """Return the next token's id from logits (V,); `generator`, on their device, makes the draws."""
+def choose_tokens(logits: Tensor, config: GenerationConfig, generator: torch.Generator) -> Tensor:
+    """Return the next token's id of each row, (B,), from logits (B, V); `generator`, on their device, draws."""
     if config.strategy == "greedy":
-        return int(logits.argmax())
-    scaled = logits.float() / config.temperature
-    kept = keep_top_k(scaled, config.top_k) if config.strategy == "top_k" else keep_top_p(scaled, config.top_p)
-    return int(torch.multinomial(kept.softmax(dim=-1), num_samples=1, generator=generator))
+        return logits.argmax(dim=-1)
+    kept = logits.float() / config.temperature
+    if config.strategy == "top_k":
+        kept = keep_top_k(kept, config.top_k)
+    elif config.strategy == "top_p":
+        kept = keep_top_p(kept, config.top_p)
+    return torch.multinomial(kept.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses to a batch of prompts; R tokens of the longest one, none has more."""
+
+    responses: Tensor
+    """(B, R) token ids, an end-of-text token included where one was generated; padding follows on the right."""
+    mask: Tensor
+    """(B, R) bool, True at the tokens of the responses, the end-of-text token too."""
+    logprobs: Tensor
+    """(B, R) float32: log p(token) of the model itself, at temperature 1 and over the whole vocabulary, in nats; 0 at
+    padding. These are GRPO's old log-probabilities. They are those of the distribution that the tokens were drawn from
+    only for the strategy "sample" at temperature 1."""
 
 
 class TextGenerator:
@@ -125,31 +143,130 @@ class TextGenerator:
             tokens.append(token)
         return tokens
 
+    def generate_batch_ids(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig = GenerationConfig()
+    ) -> list[list[int]]:
+        """Return for each prompt the ids that follow it, up to and without the end-of-text token.
+
+        Unlike `generate_ids`, it ends where the context is full: see `rollout`, which this is without the tensors.
+
+        Raises:
+            ValueError: if a prompt is empty, or leaves no room in the context.
+        """
+        if not prompts:
+            return []
+        rollout = self.rollout(*_padded_left(prompts), config)
+        end = self.tokenizer.eos_token_id
+        rows = zip(rollout.responses.tolist(), rollout.mask.sum(dim=1).tolist(), strict=True)
+        return [[token for token in row[:length] if token != end] for row, length in rows]
+
+    def rollout(
+        self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig = GenerationConfig()
+    ) -> Rollout:
+        """Return a response to each prompt of a batch, with its log-probabilities.
+
+        Each row ends with the end-of-text token, or after max_new_tokens, or where L + R reaches the model's
+        max_seq_len, so that prompts and responses side by side fit the model. Padding takes room as tokens do. A row
+        gets the tokens that it would get alone (for other strategies than greedy, with draws of its own: one generator,
+        of config.seed, draws for all rows). The model is left in eval mode. Torch's global random numbers are not
+        touched, and no graph is made.
+
+        Args:
+            input_ids: (B, L) prompts, L below max_seq_len.
+            attention_mask: (B, L), non-zero at prompt tokens, 0 at padding, which must be on the left.
+            config: how to choose tokens.
+
+        Raises:
+            ValueError: if shapes differ, a row has no tokens or padding on its right, or if the prompts leave no room.
+        """
+        device = self.model.lm_head.weight.device
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device).bool()
+        self._check_prompts(input_ids, attention_mask)
+        self.model.eval()  # it may have been trained since
+        end = self.tokenizer.eos_token_id
+        is_live = torch.ones(len(input_ids), dtype=torch.bool, device=device)
+        columns = []
+        for tokens, logprobs in self._stream_batch(input_ids, attention_mask, config):
+            # A row that has ended goes on, unseen: a batch that shrinks would have to move its whole cache.
+            columns.append((tokens.where(is_live, 0 if end is None else end), is_live, logprobs.where(is_live, 0.0)))
+            is_live = is_live & (tokens != end) if end is not None else is_live
+            if not is_live.any():
+                break
+        responses, mask, kept_logprobs = (torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))
+        return Rollout(responses, mask, kept_logprobs)
+
     def _stream(self, context: list[int], config: GenerationConfig) -> Iterator[int]:
         """Yield max_new_tokens tokens, not stopping for any."""
         limit = self.model.config.max_seq_len
         device = self.model.lm_head.weight.device
         generator = torch.Generator(device).manual_seed(config.seed)
-        cache, unread = self._new_cache(), context[-limit:]
+        cache, unread = self._new_cache(1, limit), context[-limit:]
         for _ in range(config.max_new_tokens):
-            token = choose_token(self._next_logits(unread, cache), config, generator)
+            logits = self._next_logits(torch.tensor([unread], device=device), None, cache)
+            token = int(choose_tokens(logits, config, generator))
             yield token
             context, unread = [*context[-limit:], token], [token]
             if cache.length == limit:
-                cache, unread = self._new_cache(), context[-max(1, limit // 2) :]
+                cache, unread = self._new_cache(1, limit), context[-max(1, limit // 2) :]
+
+    def _stream_batch(
+        self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each row's next token and its log-probability at temperature 1, (B,) each, until the context is full.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L) bool.
+            config: how to choose tokens.
+        """
+        batch_size, length = input_ids.shape
+        total = min(length + config.max_new_tokens, self.model.config.max_seq_len)
+        generator = torch.Generator(input_ids.device).manual_seed(config.seed)
+        cache, unread = self._new_cache(batch_size, total), input_ids
+        # Without padding no mask: attention is faster then.
+        visible = None if attention_mask.all() else F.pad(attention_mask, (0, total - length), value=True)
+        for end in range(length, total):
+            logits = self._next_logits(unread, None if visible is None else visible[:, :end], cache)
+            tokens = choose_tokens(logits, config, generator)
+            unread = tokens.unsqueeze(1)
+            yield tokens, F.log_softmax(logits.float(), dim=-1).gather(1, unread).squeeze(1)
 
     @torch.inference_mode()
-    def _next_logits(self, tokens: list[int], cache: KeyValueCache) -> Tensor:
-        """Read tokens into the cache; return the logits (V,) of what follows them."""
-        input_ids = torch.tensor([tokens], device=self.model.lm_head.weight.device)
+    def _next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KeyValueCache) -> Tensor:
+        """Read tokens (B, L) into the cache; return the logits (B, V) of what follows them.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, past + L) bool, or None.
+            cache: holds the past.
+        """
+        hidden = self.model.hidden_states(input_ids, attention_mask, cache)
         # The head is most of a small model's work: only the last token needs it.
-        logits: Tensor = self.model.lm_head(self.model.hidden_states(input_ids, cache=cache)[0, -1])
+        logits: Tensor = self.model.lm_head(hidden[:, -1])
         return logits
 
-    def _new_cache(self) -> KeyValueCache:
-        """Return an empty cache as long as the model's context."""
+    def _new_cache(self, batch_size: int, max_len: int) -> KeyValueCache:
+        """Return an empty cache."""
         weight = self.model.lm_head.weight
-        return KeyValueCache(self.model.config, 1, self.model.config.max_seq_len, weight.device, weight.dtype)
+        return KeyValueCache(self.model.config, batch_size, max_len, weight.device, weight.dtype)
+
+    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Refuse prompts that cannot be continued together."""
+        if input_ids.ndim != 2 or input_ids.numel() == 0 or attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} must both be "
+                "(B, L), neither of them 0."
+            )
+        if not attention_mask[:, -1].all() or (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+            raise ValueError(
+                "Every prompt must have a token and be padded on the left only: its last token comes last."
+            )
+        limit = self.model.config.max_seq_len
+        if input_ids.size(1) >= limit:
+            raise ValueError(
+                f"Prompts of {input_ids.size(1)} tokens leave no room for a response in model.max_seq_len={limit}: "
+                "shorten them."
+            )
 
     def _start_token(self) -> int:
         """Return the token that stands before any text."""
@@ -159,3 +276,11 @@ class TextGenerator:
                 "The prompt is empty, and the tokenizer has no end-of-text token to start from: give one."
             )
         return token
+
+
+def _padded_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return prompts as (B, L) token ids, 0 at padding, and a bool mask that is True at tokens."""
+    length = max(len(prompt) for prompt in prompts)
+    input_ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[False] * (length - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    return torch.tensor(input_ids, dtype=torch.long), torch.tensor(mask, dtype=torch.bool)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses import IGNORE_INDEX
+from kd.labelled import labelled_rows, select_rows, spread_rows
 from kd.tiles import Chunk, Head, Tiling, Workspace
 
 CPU_TILING = Tiling(tokens=256, vocabulary=3072)
@@ -91,8 +91,8 @@ def linear_distillation_loss(
         raise ValueError(f"alpha={alpha} is not allowed: the weight of the distillation term must be in [0, 1].")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature} is not allowed: it must be a finite number greater than 0.")
-    rows = _labelled_rows(labels, student_weight)
-    hidden = _select(student_hidden, student_weight, student_bias, labels, rows)
+    rows = labelled_rows(labels, student_weight)
+    hidden = select_rows(student_hidden, student_weight, student_bias, labels, rows)
     teacher = _teacher_head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, labels, rows)
     if teacher is None and alpha > 0:
         raise ValueError(f"alpha={alpha} needs a teacher: give teacher_hidden and teacher_weight, or set alpha=0.")
@@ -131,15 +131,15 @@ def linear_scores(
     Raises:
         ValueError: if shapes differ, or if a label is not in the vocabulary.
     """
-    rows = _labelled_rows(labels, student_weight)
-    hidden = _select(student_hidden, student_weight, student_bias, labels, rows)
+    rows = labelled_rows(labels, student_weight)
+    hidden = select_rows(student_hidden, student_weight, student_bias, labels, rows)
     student = Head.of(hidden, student_weight, student_bias)
     teacher = _teacher_head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, labels, rows)
     _check_same_vocabulary(student_weight, teacher)
     tiling = tiling or _default_tiling(labels.device)
     with torch.autocast(labels.device.type, enabled=False):
         scores = _score_chunks(student, teacher, labels.reshape(-1)[rows], tiling)
-    nll, kl, agreement, teacher_nll = (None if score is None else _spread(score, labels, rows) for score in scores)
+    nll, kl, agreement, teacher_nll = (None if score is None else spread_rows(score, labels, rows) for score in scores)
     assert nll is not None
     return TokenScores(nll, kl, agreement, teacher_nll)
 
@@ -163,44 +163,8 @@ def _score_chunks(
     return (nll, None, None, None) if teacher is None else (nll, kl, agreement, teacher_nll)
 
 
-def _spread(values: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-    """Return the values (N,) of the labelled tokens at their places in the shape of the labels; 0 elsewhere."""
-    return values.new_zeros(labels.numel()).index_copy_(0, rows, values).view(labels.shape)
-
-
 def _default_tiling(device: torch.device) -> Tiling:
     return CPU_TILING if device.type == "cpu" else ACCELERATOR_TILING
-
-
-def _labelled_rows(labels: Tensor, weight: Tensor) -> Tensor:
-    """Return where, in the flattened labels, those other than -100 are, (N,)."""
-    flat = labels.reshape(-1)
-    rows = (flat != IGNORE_INDEX).nonzero().squeeze(1)
-    targets = flat[rows]
-    # An entry that no tile holds would leave the token's loss without its label, and unnoticed.
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < weight.size(0):
-        raise ValueError(
-            f"labels reach from {int(targets.min())} to {int(targets.max())}, but the head has {weight.size(0)} rows: "
-            f"every label must be in the vocabulary, or {IGNORE_INDEX}. Give the model and the data one tokenizer."
-        )
-    return rows
-
-
-def _select(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor) -> Tensor:
-    """Return the hidden states of the labelled tokens, (N, H), after a check that all shapes fit."""
-    if hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} do not match hidden states {tuple(hidden.shape)}: there must be one "
-            "next-token target for each position, already shifted."
-        )
-    if weight.ndim != 2 or weight.size(1) != hidden.size(-1) or (bias is not None and bias.shape != weight.shape[:1]):
-        shape = None if bias is None else tuple(bias.shape)
-        raise ValueError(
-            f"Hidden states {tuple(hidden.shape)}, head weight {tuple(weight.shape)} and bias {shape} do not fit: they "
-            "must be (..., H), (V, H) and (V,)."
-        )
-    flat = hidden.reshape(-1, hidden.size(-1))
-    return flat if len(rows) == len(flat) else flat.index_select(0, rows)
 
 
 def _teacher_head(
@@ -217,7 +181,7 @@ def _teacher_head(
     if hidden is None or weight is None:
         raise ValueError("Of teacher_hidden and teacher_weight only one was given: give both, or neither.")
     with torch.no_grad():
-        return Head.of(_select(hidden, weight, bias, labels, rows), weight, bias, softcap)
+        return Head.of(select_rows(hidden, weight, bias, labels, rows), weight, bias, softcap)
 
 
 def _check_same_vocabulary(student_weight: Tensor, teacher: Head | None) -> None:

@@ -1,7 +1,7 @@
-"""Generated tokens against repeated full forward passes and against Hugging Face's generate."""
+"""Generated tokens against repeated full forward passes and Hugging Face's generate; batches against single rows."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd.config import ModelConfig
 from kd.errors import ConfigError
-from kd.generation import GenerationConfig, TextGenerator, keep_top_k, keep_top_p
+from kd.generation import GenerationConfig, Rollout, TextGenerator, choose_tokens, keep_top_k, keep_top_p
 from kd.model import StudentModel
 from tests.llama import make_llama
 
@@ -116,7 +116,7 @@ def test_low_temperature_approaches_greedy() -> None:
     assert generator.generate_ids(PROMPT, cold) == greedy
 
 
-@pytest.mark.parametrize("strategy", ["top_k", "top_p"])
+@pytest.mark.parametrize("strategy", ["sample", "top_k", "top_p"])
 def test_a_seed_fixes_the_draws_and_leaves_the_global_ones_alone(strategy: str) -> None:
     generator = make_generator()
     configs = [GenerationConfig(strategy, max_new_tokens=40, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
@@ -138,6 +138,16 @@ def test_draws_follow_the_models_probabilities() -> None:
         counts[generator.generate_ids(PROMPT, config)[0]] += 1
     torch.testing.assert_close(counts / 600, expected, atol=0.08, rtol=0)
     assert int((counts > 0).sum()) == 3
+
+
+def test_sample_draws_from_the_full_softmax_at_the_sampling_temperature() -> None:
+    logits = torch.tensor([2.0, 0.0, -1.0, -6.0])
+    rows = logits.expand(20_000, 4)
+    config = GenerationConfig("sample", temperature=2.0)
+    drawn = choose_tokens(rows, config, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn, minlength=4) / len(rows)
+    torch.testing.assert_close(counts, (logits / 2.0).softmax(dim=-1), atol=0.012, rtol=0)
+    assert counts[3] > 0
 
 
 def test_text_in_text_out_without_the_prompt() -> None:
@@ -237,3 +247,166 @@ def test_parameters_can_still_be_trained_after_generating() -> None:
     logits: Tensor = generator.model.train()(PROMPT)
     logits.sum().backward()  # type: ignore[no-untyped-call]
     assert all(weight.grad is not None for weight in generator.model.parameters())
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+PROMPTS = ([3, 14, 15, 9, 2], [7], [20, 1, 4], [11, 0, 0, 5, 25, 8, 2])
+LONGEST = max(len(prompt) for prompt in PROMPTS)
+ROOM = CONFIG.max_seq_len - LONGEST
+
+
+def padded(prompts: Sequence[Sequence[int]] = PROMPTS, filler: int = 13, extra: int = 0) -> tuple[Tensor, Tensor]:
+    """Return prompts padded on the left, to `extra` more than the longest, and the mask."""
+    length = max(len(prompt) for prompt in prompts) + extra
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return torch.tensor([[filler] * (length - len(prompt)) + list(prompt) for prompt in prompts]), mask
+
+
+def cut(rollout: Rollout) -> list[list[int]]:
+    """Return the responses as lists, after a check that what the mask leaves out is on the right."""
+    assert (rollout.mask[:, 1:] <= rollout.mask[:, :-1]).all()
+    return [row[kept].tolist() for row, kept in zip(rollout.responses, rollout.mask, strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_greedy_batch_equals_its_rows_one_by_one(seed: int) -> None:
+    free = make_generator(seed=seed)
+    config = GenerationConfig(max_new_tokens=ROOM)
+    singles = [free.generate_ids(torch.tensor([prompt]), config) for prompt in PROMPTS]
+    assert free.generate_batch_ids(PROMPTS, config) == singles
+    assert len({tuple(row) for row in singles}) == len(PROMPTS)
+    end = singles[0][2]
+    stopped = make_generator(eos_token_id=end, seed=seed)
+    singles = [row[: row.index(end)] if end in row else row for row in singles]
+    assert stopped.generate_batch_ids(PROMPTS, config) == singles
+
+
+def free_and_stopped(config: GenerationConfig) -> tuple[Rollout, Rollout, TextGenerator]:
+    """Return a rollout without end of text, and one in which the second row's third token is the end of text."""
+    free = make_generator().rollout(*padded(), config)
+    generator = make_generator(eos_token_id=int(free.responses[1, 2]))
+    return free, generator.rollout(*padded(), config), generator
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sample", "top_k", "top_p"])
+def test_what_stands_in_the_padding_does_not_matter(strategy: str) -> None:
+    generator, config = make_generator(), GenerationConfig(strategy, max_new_tokens=4, temperature=3.0)
+    first, other, wider = (generator.rollout(*padded(filler=f, extra=e), config) for f, e in ((0, 0), (25, 0), (7, 3)))
+    assert torch.equal(first.responses, other.responses)
+    assert torch.equal(first.responses, wider.responses)
+    torch.testing.assert_close(first.logprobs, wider.logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "temperature"), [("sample", 1.0), ("sample", 2.5), ("top_p", 3.0), ("greedy", 1.0)]
+)
+def test_logprobs_are_the_models_at_temperature_one(strategy: str, temperature: float) -> None:
+    _, rollout, generator = free_and_stopped(GenerationConfig(strategy, temperature=temperature, seed=3))
+    assert not rollout.mask.all()
+    assert rollout.logprobs.dtype == torch.float32
+    for prompt, response, logprobs in zip(PROMPTS, cut(rollout), rollout.logprobs, strict=True):
+        with torch.no_grad():
+            logits = generator.model(torch.tensor([[*prompt, *response]]))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(logprobs[: len(response)], expected, rtol=1e-4, atol=1e-5)
+        assert (logprobs[len(response) :] == 0).all()
+
+
+def test_a_response_ends_with_its_end_of_text_token() -> None:
+    _, rollout, generator = free_and_stopped(GenerationConfig("sample", temperature=2.0, seed=5))
+    end = generator.tokenizer.eos_token_id
+    rows = cut(rollout)
+    lengths = [len(row) for row in rows]
+    assert rollout.responses.shape == rollout.mask.shape == rollout.logprobs.shape == (len(PROMPTS), max(lengths))
+    assert min(lengths) < max(lengths)
+    for row in rows:
+        assert end not in row[:-1]
+        assert row[-1] == end or len(row) == ROOM
+    assert len(rows[1]) <= 3
+    assert (rollout.responses[~rollout.mask] == end).all()
+
+
+def test_a_batch_stops_when_all_rows_have_ended() -> None:
+    free = make_generator()
+    prompts = [PROMPTS[0]] * 3
+    first = free.generate_batch_ids(prompts, GenerationConfig(max_new_tokens=3))[0]
+    rollout = make_generator(eos_token_id=first[0]).rollout(*padded(prompts), GenerationConfig())
+    assert cut(rollout) == [[first[0]]] * 3
+    assert make_generator(eos_token_id=first[0]).generate_batch_ids(prompts) == [[], [], []]
+
+
+def test_a_batch_stops_when_the_context_is_full() -> None:
+    generator = make_generator()
+    prompts, mask = padded()
+    rollout = generator.rollout(prompts, mask, GenerationConfig(max_new_tokens=100))
+    assert rollout.mask.all()
+    together = torch.cat((prompts, rollout.responses), dim=1)
+    assert together.size(1) == CONFIG.max_seq_len
+    assert generator.model(together).shape[1] == CONFIG.max_seq_len
+
+
+def test_draws_differ_between_equal_rows_and_a_seed_fixes_them() -> None:
+    generator = make_generator()
+    batch = padded([PROMPTS[0]] * 8)
+    configs = [GenerationConfig("sample", max_new_tokens=8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    before = torch.get_rng_state()
+    first, again, other = (generator.rollout(*batch, config).responses for config in configs)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len({tuple(row) for row in first.tolist()}) == 8
+
+
+def test_a_row_that_ends_does_not_change_the_others() -> None:
+    free, stopped, _ = free_and_stopped(GenerationConfig("sample", temperature=2.0, seed=5))
+    width = stopped.responses.size(1)
+    assert not stopped.mask.all()
+    assert torch.equal(stopped.responses[stopped.mask], free.responses[:, :width][stopped.mask])
+
+
+def test_a_rollout_can_be_trained_on() -> None:
+    """Tensors of inference mode would be refused by autograd."""
+    generator = make_generator()
+    prompts, mask = padded()
+    rollout = generator.rollout(prompts, mask, GenerationConfig("sample", max_new_tokens=4))
+    together = torch.cat((prompts, rollout.responses), dim=1)[:, :-1]
+    visible = torch.cat((mask.bool(), rollout.mask), dim=1)[:, :-1]
+    logits = generator.model.train()(together, visible)[:, prompts.size(1) - 1 :]
+    found = logits.log_softmax(dim=-1).gather(2, rollout.responses.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(found.detach(), rollout.logprobs, rtol=1e-4, atol=1e-5)
+    ((found - rollout.logprobs).exp() * rollout.logprobs).sum().backward()
+    assert all(weight.grad is not None for weight in generator.model.parameters())
+
+
+def test_a_batch_in_half_precision() -> None:
+    generator = TextGenerator(make_model().to(torch.bfloat16), LetterTokenizer())
+    rollout = generator.rollout(*padded(), GenerationConfig("sample", max_new_tokens=5))
+    assert rollout.responses.shape == (len(PROMPTS), 5)
+    assert rollout.logprobs.dtype == torch.float32
+
+
+def test_no_prompts_no_responses() -> None:
+    assert make_generator().generate_batch_ids([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1, 2], []], "must have a token"),
+        ([[], []], "neither of them 0"),
+        ([list(range(CONFIG.max_seq_len)), [1]], "Prompts of 16 tokens leave no room .* model.max_seq_len=16"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(prompts: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_generator().generate_batch_ids(prompts)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [([[1, 1, 0]], "padded on the left only"), ([[1, 0, 1]], "padded on the left only"), ([[1, 1]], r"must both be")],
+)
+def test_masks_that_do_not_fit_are_refused(mask: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_generator().rollout(torch.tensor([[1, 2, 3]]), torch.tensor(mask))

@@ -1,4 +1,4 @@
-"""Our losses and our trainer against independent implementations: Liger-Kernel's loss, TRL's loss and its trainer.
+"""Our losses and our trainer against independent implementations: Liger-Kernel's loss, TRL's losses and trainers.
 
 They are an extra, `pip install -e ".[bench]"`. Without it these tests are skipped, unless KD_REQUIRE_PEERS=1 is set.
 """
@@ -13,13 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaForCausalLM
 
 from kd.config import ModelConfig, TrainingConfig
 from kd.linear_distillation import linear_distillation_loss
 from kd.losses import IGNORE_INDEX, distillation_loss
 from kd.model import StudentModel
+from kd.policy_losses import group_advantages, grpo_loss
+from kd.preference_losses import dpo_loss, orpo_odds_ratio_loss
 from kd.tiles import Tiling
+from kd.token_logprobs import TokenLogprobs, linear_token_logprobs
 from kd.trainers import DistillationTrainer
 from kd.trainers.state import Batch
 
@@ -196,3 +202,201 @@ def test_the_trainer_takes_the_steps_of_trls(monkeypatch: pytest.MonkeyPatch) ->
     assert len(ours) == len(theirs) == len(batches)
     assert ours[-1] < 0.9 * ours[0]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
+
+
+# --- preferences and policies: TRL's trainers compute their losses on given batches ----------------------------------
+
+PROMPT_LENGTHS, CHOSEN_LENGTHS, REJECTED_LENGTHS = (3, 1, 5, 2), (4, 6, 1, 5), (2, 3, 6, 9)
+BETA = 0.3
+
+
+@dataclass
+class Texts:
+    """Prompts with answers, of different lengths; all (B, L)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+
+    def targets(self) -> Tensor:
+        """Return the answers' tokens where they are the next ones."""
+        shifted = self.input_ids.masked_fill(self.answer_mask == 0, IGNORE_INDEX)[:, 1:]
+        return F.pad(shifted, (0, 1), value=IGNORE_INDEX)
+
+
+def make_pairs() -> Texts:
+    """Return the chosen answers behind their prompts, then the rejected ones, padded on the right."""
+    torch.manual_seed(9)
+    prompts = [torch.randint(1, VOCAB, (length,)) for length in PROMPT_LENGTHS]
+    answers = [torch.randint(1, VOCAB, (length,)) for length in CHOSEN_LENGTHS + REJECTED_LENGTHS]
+    rows = [torch.cat((prompt, answer)) for prompt, answer in zip(prompts * 2, answers, strict=True)]
+    is_answer = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts * 2, strict=True)]
+    masks = (pad_sequence([row > 0 for row in rows], True), pad_sequence(is_answer, True))
+    return Texts(pad_sequence(rows, True), masks[0].long(), masks[1].long())
+
+
+def make_rollouts() -> Texts:
+    """Return prompts padded on the left, each with an answer padded on the right."""
+    torch.manual_seed(10)
+    prompts = torch.randint(1, VOCAB, (4, max(PROMPT_LENGTHS)))
+    answers = torch.randint(1, VOCAB, (4, max(CHOSEN_LENGTHS)))
+    prompt_mask = (torch.arange(prompts.size(1)) >= prompts.size(1) - torch.tensor(PROMPT_LENGTHS).unsqueeze(1)).long()
+    answer_mask = (torch.arange(answers.size(1)) < torch.tensor(CHOSEN_LENGTHS).unsqueeze(1)).long()
+    return Texts(
+        torch.cat((prompts * prompt_mask, answers * answer_mask), dim=1),
+        torch.cat((prompt_mask, answer_mask), dim=1),
+        torch.cat((torch.zeros_like(prompt_mask), answer_mask), dim=1),
+    )
+
+
+def policy() -> LlamaForCausalLM:
+    return make_llama(make_model(16, seed=0))
+
+
+def reference() -> LlamaForCausalLM:
+    return make_llama(make_model(16, seed=1))
+
+
+def scores(llama: LlamaForCausalLM, texts: Texts, labels: Tensor, with_entropy: bool = False) -> TokenLogprobs:
+    hidden = llama.model(input_ids=texts.input_ids, attention_mask=texts.attention_mask).last_hidden_state
+    return linear_token_logprobs(hidden, llama.lm_head.weight, labels, with_entropy=with_entropy, chunk_tokens=7)
+
+
+def make_trl(
+    monkeypatch: pytest.MonkeyPatch, module: str, name: str, *models: LlamaForCausalLM, options: dict[str, Any]
+) -> Any:
+    """Return a trainer of TRL's; the data that it wants are never read."""
+    trl = peer(module)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    arguments = {"output_dir": "trl", "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    texts = Dataset.from_dict({name: ["<eos>"] for name in ("prompt", "chosen", "rejected")})
+    rewards = {"reward_funcs": _no_reward} if name == "GRPO" else {}
+    return getattr(trl, f"{name}Trainer")(
+        *models,
+        args=getattr(trl, f"{name}Config")(**arguments, gradient_checkpointing=False, **options),
+        train_dataset=texts,
+        processing_class=importlib.import_module("gkd")._any_tokenizer(),
+        **rewards,
+    )
+
+
+def _no_reward(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def assert_same_step(ours: LlamaForCausalLM, our_loss: Tensor, theirs: LlamaForCausalLM, their_loss: Tensor) -> None:
+    """Compare two losses and their gradients by every weight."""
+    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=0)
+    found = torch.autograd.grad(our_loss, list(ours.parameters()))
+    wanted = torch.autograd.grad(their_loss, list(theirs.parameters()))
+    largest = max(float(gradient.abs().max()) for gradient in wanted)
+    assert largest > 1e-3
+    for gradient, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6 * largest)
+
+
+def our_dpo_loss(llama: LlamaForCausalLM, pairs: Texts, label_smoothing: float) -> Tensor:
+    labels = pairs.targets()
+    with torch.no_grad():
+        held = scores(reference(), pairs, labels).logprobs.sum(dim=1).chunk(2)
+    return dpo_loss(*scores(llama, pairs, labels).logprobs.sum(dim=1).chunk(2), *held, BETA, label_smoothing).losses
+
+
+def their_dpo_loss(trainer: Any, pairs: Texts, rows: Tensor) -> Tensor:
+    inputs = {
+        "input_ids": pairs.input_ids[rows],
+        "attention_mask": pairs.attention_mask[rows],
+        "completion_mask": pairs.answer_mask[rows],
+    }
+    loss: Tensor = trainer.compute_loss(trainer.model, inputs)
+    return loss
+
+
+def test_dpo_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, llama = make_pairs(), policy()
+    trainer = make_trl(monkeypatch, "trl", "DPO", policy(), reference(), options={"beta": BETA})
+    theirs = their_dpo_loss(trainer, pairs, torch.arange(8))
+    assert_same_step(llama, our_dpo_loss(llama, pairs, 0.0).mean(), trainer.model, theirs)
+
+
+def test_dpo_with_label_smoothing_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of TRL's losses "aot" has it; that sorts the pairs' margins, which is nothing for a single pair."""
+    pairs, llama = make_pairs(), policy()
+    options = {"beta": BETA, "label_smoothing": 0.2, "loss_type": ["aot"]}
+    trainer = make_trl(monkeypatch, "trl", "DPO", policy(), reference(), options=options)
+    theirs = torch.stack([their_dpo_loss(trainer, pairs, torch.tensor([row, row + 4])) for row in range(4)])
+    assert_same_step(llama, our_dpo_loss(llama, pairs, 0.2).mean(), trainer.model, theirs.mean())
+
+
+def test_orpo_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cross-entropy is that of the chosen text with its prompt."""
+    pairs, llama = make_pairs(), policy()
+    trainer = make_trl(monkeypatch, "trl.experimental.orpo", "ORPO", policy(), options={"beta": BETA})
+    answers = pairs.input_ids.masked_fill(pairs.answer_mask == 0, IGNORE_INDEX)
+    batch = {}
+    for name, rows in (("chosen", slice(0, 4)), ("rejected", slice(4, 8))):
+        batch[f"{name}_input_ids"], batch[f"{name}_labels"] = pairs.input_ids[rows], answers[rows]
+        batch[f"{name}_attention_mask"] = pairs.attention_mask[rows]
+    theirs, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
+
+    labels = pairs.targets()
+    means = scores(llama, pairs, labels).logprobs.sum(dim=1) / (labels != IGNORE_INDEX).sum(dim=1)
+    everything = Texts(pairs.input_ids[:4], pairs.attention_mask[:4], pairs.attention_mask[:4])
+    targets = everything.targets()
+    cross_entropy = -scores(llama, everything, targets).logprobs.sum() / (targets != IGNORE_INDEX).sum()
+    ours = cross_entropy + BETA * orpo_odds_ratio_loss(*means.chunk(2)).mean()
+    assert_same_step(llama, ours, trainer.model, theirs)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
+@pytest.mark.parametrize(("kl_coef", "entropy_coef"), [(0.0, 0.0), (0.04, 0.0), (0.04, 0.1)])
+def test_grpo_is_that_of_trl(
+    monkeypatch: pytest.MonkeyPatch, loss_type: str, kl_coef: float, entropy_coef: float
+) -> None:
+    texts, llama = make_rollouts(), policy()
+    width, start = max(CHOSEN_LENGTHS), max(PROMPT_LENGTHS)
+    mask, labels = texts.answer_mask[:, start:], texts.targets()
+    with torch.no_grad():
+        held = scores(reference(), texts, labels).logprobs[:, start - 1 : -1]
+        old = scores(llama, texts, labels).logprobs[:, start - 1 : -1] + 0.3 * torch.randn(mask.shape) * mask
+    advantages = torch.tensor([1.2, -0.7, -1.1, 0.4])
+    options = {
+        "beta": 0.0,  # otherwise a reference is loaded from a path; the loss reads it below
+        "use_bias_correction_kl": False,  # its default weighs the paper's KL with the ratio (arXiv:2512.02556)
+        "epsilon": 0.2,
+        "loss_type": loss_type,
+        "entropy_coef": entropy_coef,
+        "num_generations": 2,
+        "per_device_train_batch_size": 2,
+    }
+    trainer = make_trl(monkeypatch, "trl", "GRPO", policy(), options=options)
+    trainer.beta = kl_coef
+    inputs = {
+        "prompt_ids": texts.input_ids[:, :start],
+        "prompt_mask": texts.attention_mask[:, :start],
+        "completion_ids": texts.input_ids[:, start:],
+        "completion_mask": mask,
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": held,
+        "num_items_in_batch": mask.sum(),
+    }
+    trainer.model.eval()
+    theirs = trainer.compute_loss(trainer.model, inputs)
+
+    found = scores(llama, texts, labels, with_entropy=True)
+    assert found.entropy is not None
+    logprobs, entropy = (part[:, start - 1 : start - 1 + width] for part in (found.logprobs, found.entropy))
+    terms = grpo_loss(logprobs, old, advantages, mask, 0.2, kl_coef, held, entropy, entropy_coef)
+    assert 0 < terms.clip_fraction < 1
+    assert_same_step(llama, terms.loss, trainer.model, theirs)
+    assert float(terms.clip_fraction) == pytest.approx(trainer._metrics["eval"]["clip_ratio/region_mean"][0])
+
+
+def test_advantages_use_the_standard_deviation_of_trl() -> None:
+    nanstd = peer("trl.trainer.utils").nanstd
+    torch.manual_seed(0)
+    rewards = torch.rand(12)
+    groups = rewards.view(3, 4)
+    expected = (groups - groups.mean(dim=1, keepdim=True)) / (nanstd(groups, dim=1).unsqueeze(1) + 1e-4)
+    torch.testing.assert_close(group_advantages(rewards, 4), expected.view(-1), rtol=1e-5, atol=1e-6)

@@ -15,20 +15,32 @@ from kd.config.teacher import (
     PresentTeacherConfig,
     TeacherConfig,
 )
-from kd.config.train import PretrainConfig, TrainerConfig, TrainingConfig
+from kd.config.train import (
+    DPOConfig,
+    GRPOConfig,
+    ORPOConfig,
+    PretrainConfig,
+    SFTConfig,
+    TrainerConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "Config",
+    "DPOConfig",
     "DataConfig",
     "EmbeddedTeacherConfig",
+    "GRPOConfig",
     "HubDataConfig",
     "HubTeacherConfig",
     "LocalTeacherConfig",
     "MISSING",
     "ModelConfig",
     "NAME_PATTERN",
+    "ORPOConfig",
     "PresentTeacherConfig",
     "PretrainConfig",
+    "SFTConfig",
     "StdlibDataConfig",
     "TeacherConfig",
     "TextDataConfig",

@@ -124,3 +124,75 @@ class TrainingConfig(TrainerConfig):
             self.temperature,
             "it must be a finite number greater than 0",
         )
+
+
+@dataclass
+class SFTConfig(TrainerConfig):
+    """Supervised fine-tuning: cross-entropy on the answers."""
+
+    trainer: ClassVar[str] = "sft"
+
+
+@dataclass
+class DPOConfig(TrainerConfig):
+    """Direct preference optimisation."""
+
+    trainer: ClassVar[str] = "dpo"
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference, > 0."""
+    label_smoothing: float = 0.0
+    """Assumed share of wrong preferences, in [0, 0.5)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_finite("train", self, "beta", "label_smoothing")
+        require_positive("train", self, "beta")
+        is_share = 0 <= self.label_smoothing < 0.5
+        require(is_share, "train.label_smoothing", self.label_smoothing, "it must be in [0, 0.5)")
+
+
+@dataclass
+class ORPOConfig(TrainerConfig):
+    """Odds-ratio preference optimisation: cross-entropy of the chosen answer + beta * odds-ratio loss."""
+
+    trainer: ClassVar[str] = "orpo"
+
+    beta: float = 0.1
+    """Weight of the odds-ratio loss (lambda in the paper), > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_finite("train", self, "beta")
+        require_positive("train", self, "beta")
+
+
+@dataclass
+class GRPOConfig(TrainerConfig):
+    """Group-relative policy optimisation. A batch is of prompts."""
+
+    trainer: ClassVar[str] = "grpo"
+
+    group_size: int = 8
+    """Responses to each prompt, which are judged against each other; at least 2."""
+    clip_range: float = 0.2
+    """The ratio to the policy that drew a response counts within 1 +- this."""
+    kl_coef: float = 0.04
+    """Weight of the KL penalty to the reference; 0: there is no reference."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    optimization_epochs: int = 1
+    """Optimizer steps on each window of rollouts."""
+    max_new_tokens: int = 64
+    """Longest response, in tokens."""
+    sampling_temperature: float = 1.0
+    """Of the responses that are trained on, > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_finite("train", self, "clip_range", "kl_coef", "entropy_coef", "sampling_temperature")
+        require_positive("train", self, "clip_range", "optimization_epochs", "max_new_tokens", "sampling_temperature")
+        require(self.group_size >= 2, "train.group_size", self.group_size, "it must be 2 or more")
+        for name in ("kl_coef", "entropy_coef"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "it must be 0 or more")

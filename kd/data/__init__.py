@@ -1,4 +1,4 @@
-"""Corpora, tokenizers, packed blocks and their loaders.
+"""Corpora, tokenizers, packed blocks, examples of prompts and answers, and their loaders.
 
 Names are imported at their first use, so that reading a corpus does not wait for torch.
 """
@@ -8,8 +8,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kd.data.blocks import PackedBlocks, build_blocks, find_blocks
+    from kd.data.chat import render_chat
     from kd.data.corpora import Corpus, read_corpus
-    from kd.data.loaders import BlockLoader, eval_loader, train_loader
+    from kd.data.embedded.arithmetic import arithmetic_answers, arithmetic_prompts
+    from kd.data.embedded.instructions import instruction_examples
+    from kd.data.embedded.mixture import mix_answers
+    from kd.data.embedded.preferences import preference_examples
+    from kd.data.encoding import (
+        EncodedAnswers,
+        EncodedPreferences,
+        EncodedPrompts,
+        encode_answers,
+        encode_preferences,
+        encode_prompts,
+    )
+    from kd.data.example_files import read_answers, read_preferences, read_prompts
+    from kd.data.example_loaders import example_eval_loader, example_train_loader
+    from kd.data.examples import (
+        AnswerExample,
+        ChatExample,
+        ExampleSet,
+        Message,
+        PreferenceExample,
+        PromptExample,
+        split_examples,
+    )
+    from kd.data.loaders import BlockLoader, PositionedLoader, eval_loader, train_loader
     from kd.data.tokenizers import (
         bpe_fingerprint,
         bpe_tokenizer_directory,
@@ -24,20 +48,45 @@ if TYPE_CHECKING:
     from kd.data.wiki import WikiDataset
 
 _MODULES = {
+    "AnswerExample": "examples",
     "BlockLoader": "loaders",
+    "ChatExample": "examples",
     "Corpus": "corpora",
+    "EncodedAnswers": "encoding",
+    "EncodedPreferences": "encoding",
+    "EncodedPrompts": "encoding",
+    "ExampleSet": "examples",
+    "Message": "examples",
     "PackedBlocks": "blocks",
+    "PositionedLoader": "loaders",
+    "PreferenceExample": "examples",
+    "PromptExample": "examples",
     "WikiDataset": "wiki",
+    "arithmetic_answers": "embedded.arithmetic",
+    "arithmetic_prompts": "embedded.arithmetic",
     "bpe_fingerprint": "tokenizers",
     "bpe_tokenizer_directory": "tokenizers",
     "build_blocks": "blocks",
     "directory_tokenizer_fingerprint": "tokenizers",
+    "encode_answers": "encoding",
+    "encode_preferences": "encoding",
+    "encode_prompts": "encoding",
     "end_of_text_id": "tokenizers",
     "eval_loader": "loaders",
+    "example_eval_loader": "example_loaders",
+    "example_train_loader": "example_loaders",
     "find_blocks": "blocks",
+    "instruction_examples": "embedded.instructions",
     "load_tokenizer": "tokenizers",
+    "mix_answers": "embedded.mixture",
     "num_token_ids": "tokenizers",
+    "preference_examples": "embedded.preferences",
+    "read_answers": "example_files",
     "read_corpus": "corpora",
+    "read_preferences": "example_files",
+    "read_prompts": "example_files",
+    "render_chat": "chat",
+    "split_examples": "examples",
     "tokenizer_object_fingerprint": "tokenizers",
     "train_bpe": "tokenizers",
     "train_loader": "loaders",
@@ -45,20 +94,45 @@ _MODULES = {
 }
 
 __all__ = [
+    "AnswerExample",
     "BlockLoader",
+    "ChatExample",
     "Corpus",
+    "EncodedAnswers",
+    "EncodedPreferences",
+    "EncodedPrompts",
+    "ExampleSet",
+    "Message",
     "PackedBlocks",
+    "PositionedLoader",
+    "PreferenceExample",
+    "PromptExample",
     "WikiDataset",
+    "arithmetic_answers",
+    "arithmetic_prompts",
     "bpe_fingerprint",
     "bpe_tokenizer_directory",
     "build_blocks",
     "directory_tokenizer_fingerprint",
+    "encode_answers",
+    "encode_preferences",
+    "encode_prompts",
     "end_of_text_id",
     "eval_loader",
+    "example_eval_loader",
+    "example_train_loader",
     "find_blocks",
+    "instruction_examples",
     "load_tokenizer",
+    "mix_answers",
     "num_token_ids",
+    "preference_examples",
+    "read_answers",
     "read_corpus",
+    "read_preferences",
+    "read_prompts",
+    "render_chat",
+    "split_examples",
     "tokenizer_object_fingerprint",
     "train_bpe",
     "train_loader",

@@ -1,15 +1,17 @@
 """Loaders of packed blocks whose order is a function of seed and epoch, so that any position can be returned to."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd.data.blocks import PackedBlocks
 from kd.errors import DataError
+
+D = TypeVar("D", bound=Dataset[dict[str, Tensor]])
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -48,16 +50,16 @@ class BatchOrder(Sampler[list[int]]):
         return np.random.RandomState([self.seed, self.epoch]).permutation(self.num_blocks)
 
 
-class BlockLoader(DataLoader[dict[str, Tensor]]):
-    """A DataLoader over packed blocks; made by `train_loader` and `eval_loader`.
+class PositionedLoader(DataLoader[dict[str, Tensor]], Generic[D]):
+    """A DataLoader that can begin anywhere; its batches are those of the data set's class, by lists of indexes.
 
-    Batches are `{"input_ids": (B, L), "labels": (B, L), "block_id": (B,)}`, int64. `len()` counts the batches of a
-    whole epoch. `batch_size` is None, as torch has it where the sampler makes the batches.
+    `len()` counts the batches of a whole epoch. `batch_size` is None, as torch has it where the sampler makes the
+    batches.
     """
 
-    dataset: PackedBlocks
+    dataset: D
 
-    def __init__(self, dataset: PackedBlocks, order: BatchOrder, num_workers: int) -> None:
+    def __init__(self, dataset: D, order: BatchOrder, num_workers: int) -> None:
         self.order = order
         # A generator of its own: torch draws a seed per iteration, by default from the global one, and then
         # looking at data would change dropout.
@@ -80,6 +82,13 @@ class BlockLoader(DataLoader[dict[str, Tensor]]):
             raise ValueError(f"epoch {epoch}, batch {batch}: an epoch has {len(self)} batches.")
         self.order.epoch = epoch
         self.order.first_batch = batch
+
+
+class BlockLoader(PositionedLoader[PackedBlocks]):
+    """A loader of packed blocks; made by `train_loader` and `eval_loader`.
+
+    Batches are `{"input_ids": (B, L), "labels": (B, L), "block_id": (B,)}`, int64.
+    """
 
 
 def _as_it_is(batch: Any) -> Any:

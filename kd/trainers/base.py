@@ -6,36 +6,29 @@ import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from kd.checkpoint import load_weights
-from kd.data import BlockLoader
+from kd.data import PositionedLoader
 from kd.errors import Interrupted, NumericError
 from kd.losses import IGNORE_INDEX
 from kd.runs import Number
-from kd.trainers.evaluation import BlockScores, join
+from kd.trainers.evaluating import EvaluatingTrainer, StopRequest
 from kd.trainers.progress import Progress
-from kd.trainers.state import Batch, C, TrainerState
+from kd.trainers.state import Batch, C
 
 log = logging.getLogger("kd")
 
 Terms = dict[str, Tensor]
 """Detached 0-d loss terms by name, for the log."""
-
-
-class _StopRequest(Exception):  # noqa: N818 - not an error
-    """Leaves the loop at the next point where the state is whole."""
-
-
 MAX_BAD_STEPS = 10
 """So many optimizer steps in a row without finite gradients end the run: it has diverged."""
 
 
-class BaseTrainer(TrainerState[C], ABC):
+class BaseTrainer(EvaluatingTrainer[C], ABC):
     """Everything general about training: the loop, accumulation, clipping, schedule, evaluation, checkpoints, logging.
 
     A trainer implements `_prepare_batch`, `_forward` and `_compute_loss`; the rest are optional hooks.
@@ -45,7 +38,7 @@ class BaseTrainer(TrainerState[C], ABC):
     Args:
         model: The model that is trained; moved to `device`.
         optimizer: Built from the config (AdamW, no decay on norms) if None.
-        train_loader, val_loader: Iterables of batches with a length. A `BlockLoader` can restore its
+        train_loader, val_loader: Iterables of batches with a length. A `PositionedLoader` can restore its
             position exactly; others are fast-forwarded. Either may be None if its method is not called.
         lr_scheduler: Stepped once per optimizer step; linear warm-up, then cosine to 0, if None.
         config: The trainer's configuration; its class's defaults if None.
@@ -54,10 +47,6 @@ class BaseTrainer(TrainerState[C], ABC):
     """
 
     # --- what a trainer implements -------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _prepare_batch(self, batch: Batch) -> Batch:
-        """Move a batch to the device and build what the forward pass needs."""
 
     @abstractmethod
     def _forward(self, batch: Batch) -> Any:
@@ -69,10 +58,6 @@ class BaseTrainer(TrainerState[C], ABC):
 
         A loss with parts that are means over different units is (K,), and `_count_units` then gives (K,) too.
         """
-
-    def _score_batch(self, batch: Batch, with_teacher: bool) -> BlockScores:
-        """Score a prepared batch, also against a teacher if asked and at hand; only needed for evaluation."""
-        raise NotImplementedError(f"{type(self).__name__} cannot evaluate: it has no _score_batch")
 
     def _get_extra_log_info(self, batch: Batch) -> str:  # noqa: ARG002
         """Return further text for a log line; `batch` is the latest."""
@@ -109,10 +94,9 @@ class BaseTrainer(TrainerState[C], ABC):
             try:
                 self._evaluate_if_due()
                 for window in self._windows():
-                    self._train_window(window)
-                    self._after_step(window[-1], progress)
+                    self._train_window(window, progress)
                 self._finish()
-            except _StopRequest:
+            except StopRequest:
                 self._save_and_stop()
         self.state = "completed"
         empty: dict[str, list[float | int | None]] = {"train_loss": [], "val_loss": [], "val_ppl": []}
@@ -153,21 +137,36 @@ class BaseTrainer(TrainerState[C], ABC):
     def _open_epoch(self) -> Iterator[Batch]:
         loader = self.train_loader
         assert loader is not None
-        if isinstance(loader, BlockLoader):
+        if isinstance(loader, PositionedLoader):
             loader.set_position(self.epoch, self.batch_in_epoch)
             return iter(loader)
         return itertools.islice(loader, self.batch_in_epoch, None)
 
-    def _train_window(self, window: list[Batch]) -> None:
+    def _train_window(self, window: list[Batch], progress: Progress) -> None:
         batches = [self._prepare_batch(batch) for batch in window]
         counts = [self._count_units(batch) for batch in batches]
         # clamp_min stays on the device; max(1, int(n)) would stall a GPU once per window.
-        units = torch.stack(counts).sum().clamp_min(1)
-        for batch, count in zip(batches, counts, strict=True):
-            self._meter.add(self._backward(batch, count, units), weight=count)
-        self._optimizer_step()
-        self._meter.tokens += sum(self._count_tokens(batch) for batch in batches)
-        self.step += 1
+        units = torch.stack(counts).sum(dim=0).clamp_min(1)
+        first = self.step
+        for _ in range(min(self.optimization_epochs, self.total_steps - first)):
+            for batch, count in zip(batches, counts, strict=True):
+                self._record_terms(self._backward(batch, count, units), count)
+            self._optimizer_step()
+            self._meter.tokens += sum(self._count_tokens(batch) for batch in batches)
+            self.step += 1
+            self._after_step(batches[-1], progress)
+        # Not within a window: a checkpoint knows positions between windows only.
+        if self.step // self.config.save_interval > first // self.config.save_interval and self.step < self.total_steps:
+            self._save()
+        self._raise_if_stopped()
+
+    def _record_terms(self, terms: Terms, count: Tensor) -> None:
+        if count.ndim == 0:
+            self._meter.add(terms, weight=count)
+            return
+        for name, value in terms.items():
+            own = count if name == "loss" else count[self.units_of_terms.get(name, -1)]
+            self._meter.add({name: value}, weight=own)
 
     def _backward(self, batch: Batch, count: Tensor, units: Tensor) -> Terms:
         with self.precision.autocast():
@@ -223,9 +222,6 @@ class BaseTrainer(TrainerState[C], ABC):
         if self.step % self.config.log_interval == 0 or self.step == self.total_steps:
             self._log(batch, progress)
         self._evaluate_if_due()
-        if self.step % self.config.save_interval == 0 and self.step < self.total_steps:
-            self._save()
-        self._raise_if_stopped()
 
     def _log(self, batch: Batch, progress: Progress) -> None:
         means, speed = self._meter.take()
@@ -238,10 +234,6 @@ class BaseTrainer(TrainerState[C], ABC):
         progress.report(self.step, loss, speed, extra + self._get_extra_log_info(batch))
         self._write_history()
 
-    def _raise_if_stopped(self) -> None:
-        if self.stop.signum is not None:
-            raise _StopRequest
-
     def _save_and_stop(self) -> None:
         assert self.stop.signum is not None
         self._save()
@@ -249,112 +241,6 @@ class BaseTrainer(TrainerState[C], ABC):
             f"Stopped at step {self.step}/{self.total_steps}, checkpoint saved. The same command continues from there.",
             self.stop.signum,
         )
-
-    # --- evaluation ----------------------------------------------------------------------------------------------
-
-    def evaluate(self, loader: Iterable[Batch] | None = None, max_blocks: int | None = None) -> dict[str, float | None]:
-        """Score the model on a loader's blocks without training.
-
-        Args:
-            loader: The validation loader if None.
-            max_blocks: Score only the first so many blocks.
-
-        Returns:
-            val_loss (nats per token at temperature 1: summed NLL / number of tokens), val_ppl = exp(val_loss), and
-            val_kl, val_agreement, teacher_val_ppl where a teacher is at hand (else None).
-        """
-        return self.score(loader, max_blocks).metrics()
-
-    @torch.no_grad()
-    def score(
-        self, loader: Iterable[Batch] | None = None, max_blocks: int | None = None, *, with_teacher: bool = True
-    ) -> BlockScores:
-        """Return the per-block scores behind `evaluate`; `with_teacher=False` spares the teacher's forward pass."""
-        loader = self.val_loader if loader is None else loader
-        if loader is None:
-            raise ValueError(f"{type(self).__name__}.evaluate() needs a val_loader, and none was given")
-        before, training = self.state, self.model.training
-        self.state = "evaluating"
-        self.model.eval()
-        try:
-            parts: list[BlockScores] = []
-            seen = 0
-            for batch in loader:
-                self._raise_if_stopped()
-                with self.precision.autocast():
-                    parts.append(self._score_batch(self._prepare_batch(batch), with_teacher))
-                seen += len(parts[-1].tokens)
-                if max_blocks is not None and seen >= max_blocks:
-                    break
-        finally:
-            self.model.train(training)
-            self.state = before
-        if not parts:
-            raise ValueError("the validation loader is empty: there is nothing to evaluate")
-        scores = join(parts, torch.cat)
-        return scores if max_blocks is None else scores.first(max_blocks)
-
-    def _evaluate_if_due(self) -> None:
-        due = self.step > 0 and self.step % self.config.eval_interval == 0 and self.step < self.total_steps
-        steps = self.history.validation.get("val_step", [])
-        if self.val_loader is None or not due or (steps and steps[-1] == self.step):
-            return
-        self._record_scores(self.score(max_blocks=self.config.eval_blocks))
-        self._watch_for_gain()
-
-    def _watch_for_gain(self) -> None:
-        """Keep the weights of a new lowest loss, if training may have to go back to them."""
-        if self.config.early_stopping_patience is None:
-            return
-        if self.best_step == self.step:
-            self._evaluations_without_gain = 0
-            self._save()
-        else:
-            self._evaluations_without_gain += 1
-
-    def _has_stopped_gaining(self) -> bool:
-        patience = self.config.early_stopping_patience
-        return patience is not None and self._evaluations_without_gain >= patience
-
-    def _return_to_best(self) -> None:
-        """Load the weights of the lowest validation loss."""
-        steps = self.history.validation.get("val_step", [])
-        if not steps or steps[-1] != self.step:
-            self._record_scores(self.score(max_blocks=self.config.eval_blocks))
-        for column in self.history.validation.values():
-            column.pop()  # the final evaluation takes its place
-        if self.best_step not in (None, self.step):
-            log.info("Going back to the weights of step %d, whose validation loss is lowest", self.best_step)
-            load_weights(self._checkpoint_path(self.best_step), self.model)
-
-    def _record_scores(self, scores: BlockScores) -> None:
-        row: dict[str, Number] = {"val_step": self.step, **scores.metrics()}
-        self.history.totals["teacher_val_ppl"] = self.history.finite("teacher_val_ppl", row.pop("teacher_val_ppl"))
-        row["val_bits_per_byte"] = self._bits_per_byte(scores)
-        self.history.append(self.history.validation, row)
-        log.info("step %d  %s", self.step, _describe(row))
-        # The last evaluation takes all blocks: compare on those that every evaluation has seen.
-        limit = self.config.eval_blocks
-        loss = (scores if limit is None else scores.first(limit)).metrics()["val_loss"]
-        assert loss is not None
-        if math.isfinite(loss) and (self.best_val_loss is None or loss < self.best_val_loss):
-            self.best_val_loss, self.best_step = loss, self.step
-        self._write_history()
-
-    def record_test(self, scores: BlockScores) -> None:
-        """Enter the test part's loss and perplexity into the history."""
-        metrics = scores.metrics()
-        for key in ("loss", "ppl"):
-            self.history.totals[f"test_{key}"] = self.history.finite(f"test_{key}", metrics[f"val_{key}"])
-        self._write_history()
-
-    def _bits_per_byte(self, scores: BlockScores) -> float | None:
-        """Bits per byte of the raw text, which compares across tokenizers; None for loaders of unknown text."""
-        if not isinstance(self.val_loader, BlockLoader):
-            return None
-        loss = scores.mean(scores.nll)
-        assert loss is not None
-        return loss / math.log(2) * self.val_loader.dataset.tokens_per_byte
 
     def _finish(self) -> None:
         """Evaluate on the whole validation set, and save."""
@@ -379,7 +265,3 @@ def first_nonfinite_gradient(model: nn.Module) -> str:
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return name
     return "none"
-
-
-def _describe(row: dict[str, Number]) -> str:
-    return "  ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,48 @@ from torch import Tensor
 
 from kd.linear_distillation import TokenScores
 from kd.losses import IGNORE_INDEX, token_agreement
+
+
+class Scores(Protocol):
+    """What an evaluation gives for each of its blocks or examples."""
+
+    def __len__(self) -> int:
+        """Return how many blocks or examples there are."""
+        ...
+
+    def first(self, count: int) -> Self:
+        """Return the scores of the first `count`."""
+        ...
+
+    def joined(self, parts: Sequence[Self]) -> Self:
+        """Return the scores of parts, one after the other; the receiver is one of them."""
+        ...
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return val_loss and what else there is, by the names that the history has for them."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExampleScores:
+    """Values of each example by name, `loss` among them. Each is a 1-D float64 tensor on the CPU."""
+
+    columns: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.columns["loss"])
+
+    def first(self, count: int) -> "ExampleScores":
+        """Return the scores of the first `count` examples."""
+        return ExampleScores({name: column[:count] for name, column in self.columns.items()})
+
+    def joined(self, parts: Sequence["ExampleScores"]) -> "ExampleScores":
+        """Return the scores of parts, one after the other."""
+        return ExampleScores({name: torch.cat([part.columns[name] for part in parts]) for name in self.columns})
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return each column's mean over the examples under `val_` and its name."""
+        return {f"val_{name}": float(column.mean()) for name, column in self.columns.items()}
 
 
 @dataclass(frozen=True)
@@ -27,6 +70,13 @@ class BlockScores:
     kl: Tensor | None = None
     agreement: Tensor | None = None
     teacher_nll: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def joined(self, parts: Sequence["BlockScores"]) -> "BlockScores":
+        """Return the scores of parts, one after the other."""
+        return join(parts, torch.cat)
 
     def first(self, count: int) -> "BlockScores":
         """Return the scores of the first `count` blocks."""

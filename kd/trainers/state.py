@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,7 +22,7 @@ from kd.model import StudentModel, forward_flops_per_token, num_parameters
 from kd.optim import configure_optimizer, create_schedule
 from kd.runs import History
 from kd.stop import StopSignal
-from kd.trainers.evaluation import BlockScores
+from kd.trainers.evaluation import Scores
 from kd.trainers.machine import peak_memory_bytes, restore_rng, rng_state
 from kd.trainers.meter import Meter
 from kd.trainers.precision import Precision
@@ -40,6 +40,8 @@ class TrainerState(Generic[C]):
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
     loss_terms: tuple[str, ...] = ()
     """Terms that `_compute_loss` reports; each is a column of the history."""
+    units_of_terms: Mapping[str, int] = {}
+    """Where a loss has K parts: which of its units a term is a mean over, by name; the last one if not named."""
 
     def __init__(
         self,
@@ -61,18 +63,11 @@ class TrainerState(Generic[C]):
         self.use_ddp = is_distributed() and get_world_size() > 1
         self.is_main = get_rank() == 0
         self.total_steps = self._count_steps()
-        if self.config.early_stopping_patience is not None and train_loader is not None and val_loader is None:
-            raise ValueError("early_stopping_patience watches the validation loss, and no val_loader was given")
+        self._check_early_stopping()
         self.optimizer = optimizer or configure_optimizer(
             self.model, self.config.optimizer, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
         )
-        self.lr_scheduler = lr_scheduler or create_schedule(
-            self.config.schedule,
-            self.optimizer,
-            self.config.warmup_steps,
-            max(self.total_steps, 1),
-            self.config.decay_steps,
-        )
+        self.lr_scheduler = lr_scheduler or self._create_schedule()
         self.precision = Precision(self.config.precision, self.device)
         if self.config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
@@ -84,7 +79,7 @@ class TrainerState(Generic[C]):
         self.current_loss: float | None = None
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
-        self.final_scores: BlockScores | None = None
+        self.final_scores: Scores | None = None
         self.history = History()
         self.stop = StopSignal()
         self._bad_steps = 0
@@ -94,6 +89,24 @@ class TrainerState(Generic[C]):
         self._learning_rate = self.config.learning_rate
         self._wall_before = 0.0
         self._started = time.monotonic()
+
+    def _create_schedule(self) -> LRScheduler:
+        config = self.config
+        steps = max(self.total_steps, 1)
+        return create_schedule(config.schedule, self.optimizer, config.warmup_steps, steps, config.decay_steps)
+
+    def _check_early_stopping(self) -> None:
+        if (
+            self.config.early_stopping_patience is not None
+            and self.train_loader is not None
+            and self.val_loader is None
+        ):
+            raise ValueError("early_stopping_patience watches the validation loss, and no val_loader was given")
+
+    @property
+    def optimization_epochs(self) -> int:
+        """Optimizer steps on each window of batches."""
+        return 1
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         """Return further lines for the settings that are logged at the start."""
@@ -116,7 +129,7 @@ class TrainerState(Generic[C]):
         if self.train_loader is None:
             return 0
         windows = math.ceil(_length(self.train_loader) / self.config.gradient_accumulation_steps)
-        steps = windows * self.config.num_epochs
+        steps = windows * self.config.num_epochs * self.optimization_epochs
         return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------

@@ -1,0 +1,39 @@
+"""Reward functions: how good a response is, from its text and a reference answer."""
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from kd.errors import DataError
+
+RewardFunction = Callable[[str, str], float]
+"""Takes a response (without its prompt) and the reference answer; gives a finite number, larger is better."""
+
+# Not \d, which matches the digits of all scripts.
+_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+
+
+def exact_answer(response: str, answer: str) -> float:
+    """Return 1.0 if the first number in the response is the reference, figure by figure, else 0.0.
+
+    What follows the first number does not count. `19.0` and `019` are not `19`.
+
+    Args:
+        response: Any text.
+        answer: A number like `19`, `-3` or `0.5`.
+
+    Raises:
+        DataError: if the reference is not such a number: no response could ever match it.
+    """
+    reference = answer.strip()
+    if _NUMBER.fullmatch(reference) is None:
+        raise DataError(
+            f"The reference answer {answer!r} is not a number like 19, -3 or 0.5, which the reward exact_answer "
+            "compares with: mend the `answer` column, or use another reward."
+        )
+    found = _NUMBER.search(response)
+    return float(found is not None and found.group() == reference)
+
+
+REWARDS: Final[dict[str, RewardFunction]] = {"exact_answer": exact_answer}
+"""What a configuration can name; one's own function is given through the Python API."""

@@ -1,0 +1,84 @@
+"""Prompts and answers as one sequence, and the log-probabilities of the answers."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd.heads import NoLinearHeadError, SplitModel, logits_of
+from kd.losses import IGNORE_INDEX
+from kd.token_logprobs import TokenLogprobs, linear_token_logprobs, token_logprobs
+
+
+class Sequences(NamedTuple):
+    """Whole sequences without padding between their parts, padded on the right; (B, L) int64 each.
+
+    A causal model needs no attention mask for these: no token sees what comes after it.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    """Next-token targets; -100 where the target is not a token of the answer."""
+
+
+def pad_on_the_right(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors (B, L) with each row's real tokens first, in their order.
+
+    Args:
+        mask: (B, L), non-zero at real tokens.
+        tensors: (B, L) each.
+    """
+    order = (mask == 0).to(torch.int8).argsort(dim=1, stable=True)
+    return tuple(tensor.gather(1, order) for tensor in tensors)
+
+
+def join_answers(prompts: Tensor, prompt_mask: Tensor, answers: Tensor, answer_mask: Tensor) -> Sequences:
+    """Join each prompt with its answer.
+
+    Args:
+        prompts: (B, P) token ids, padded anywhere.
+        prompt_mask: (B, P), non-zero at real tokens. A row without any gives its answer's first token no prediction.
+        answers: (B, A) token ids, padded anywhere.
+        answer_mask: (B, A), non-zero at real tokens.
+    """
+    tokens, mask = torch.cat([prompts, answers], dim=1), torch.cat([prompt_mask, answer_mask], dim=1)
+    is_answer = torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1)
+    tokens, is_answer, mask = pad_on_the_right(mask, tokens, is_answer, mask)
+    longest = int(mask.count_nonzero(dim=1).max())
+    tokens, is_answer = tokens[:, :longest], is_answer[:, :longest]
+    return Sequences(tokens[:, :-1], tokens[:, 1:].masked_fill(is_answer[:, 1:] == 0, IGNORE_INDEX))
+
+
+class AnswerScorer(nn.Module):
+    """A model and the log-probabilities it gives to labels, in one forward pass; without full logits where it can.
+
+    Args:
+        model: A causal language model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.reason_for_logits = ""
+        """Why full logits are computed; empty where they are not."""
+        self._split: SplitModel | None = None
+        try:
+            self._split = SplitModel(model)
+        except NoLinearHeadError as error:
+            self.reason_for_logits = str(error)
+        if self._split is not None and self._split.head.softcap is not None:
+            self._split, self.reason_for_logits = None, "its logits are soft-capped"
+
+    def forward(self, input_ids: Tensor, labels: Tensor, with_entropy: bool = False) -> TokenLogprobs:
+        """Return each label's log-probability and, if wanted, the entropies, (B, L) each, 0 at labels of -100."""
+        if self._split is None:
+            return token_logprobs(logits_of(self.model(input_ids)), labels, with_entropy=with_entropy)
+        head = self._split.head
+        hidden = self._split.hidden(input_ids)
+        return linear_token_logprobs(hidden, head.weight, labels, bias=head.bias, with_entropy=with_entropy)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model as it is now, in eval mode and without gradients: a reference."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

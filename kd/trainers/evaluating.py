@@ -1,0 +1,149 @@
+"""Evaluation on the way and at the end: scores, records, and when training has stopped gaining."""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+
+from kd.checkpoint import load_weights
+from kd.data import BlockLoader
+from kd.runs import Number
+from kd.trainers.evaluation import BlockScores, Scores
+from kd.trainers.state import Batch, C, TrainerState
+
+log = logging.getLogger("kd")
+
+
+class StopRequest(Exception):  # noqa: N818 - not an error
+    """Leaves the loop at the next point where the state is whole."""
+
+
+class EvaluatingTrainer(TrainerState[C], ABC):
+    """A trainer's evaluations, apart from the loop that asks for them (see `BaseTrainer` for the arguments)."""
+
+    @abstractmethod
+    def _prepare_batch(self, batch: Batch) -> Batch:
+        """Move a batch to the device and build what the forward pass needs."""
+
+    def _prepare_for_scoring(self, batch: Batch) -> Batch:
+        """Prepare a batch for `_score_batch`."""
+        return self._prepare_batch(batch)
+
+    def _score_batch(self, batch: Batch, with_teacher: bool) -> Scores:
+        """Score a prepared batch, also against a teacher if asked and at hand; only needed for evaluation."""
+        raise NotImplementedError(f"{type(self).__name__} cannot evaluate: it has no _score_batch")
+
+    def evaluate(self, loader: Iterable[Batch] | None = None, max_blocks: int | None = None) -> dict[str, float | None]:
+        """Score the model on a loader's blocks without training.
+
+        Args:
+            loader: The validation loader if None.
+            max_blocks: Score only the first so many blocks.
+
+        Returns:
+            val_loss (nats per token at temperature 1: summed NLL / number of tokens), val_ppl = exp(val_loss), and
+            val_kl, val_agreement, teacher_val_ppl where a teacher is at hand (else None).
+        """
+        return self.score(loader, max_blocks).metrics()
+
+    @torch.no_grad()
+    def score(
+        self, loader: Iterable[Batch] | None = None, max_blocks: int | None = None, *, with_teacher: bool = True
+    ) -> Scores:
+        """Return the scores, per block or example, behind `evaluate`; `with_teacher=False` spares its forward pass."""
+        loader = self.val_loader if loader is None else loader
+        if loader is None:
+            raise ValueError(f"{type(self).__name__}.evaluate() needs a val_loader, and none was given")
+        before, training = self.state, self.model.training
+        self.state = "evaluating"
+        self.model.eval()
+        try:
+            parts: list[Scores] = []
+            seen = 0
+            for batch in loader:
+                self._raise_if_stopped()
+                with self.precision.autocast():
+                    parts.append(self._score_batch(self._prepare_for_scoring(batch), with_teacher))
+                seen += len(parts[-1])
+                if max_blocks is not None and seen >= max_blocks:
+                    break
+        finally:
+            self.model.train(training)
+            self.state = before
+        if not parts:
+            raise ValueError("the validation loader is empty: there is nothing to evaluate")
+        scores = parts[0].joined(parts)
+        return scores if max_blocks is None else scores.first(max_blocks)
+
+    def _evaluate_if_due(self) -> None:
+        due = self.step > 0 and self.step % self.config.eval_interval == 0 and self.step < self.total_steps
+        steps = self.history.validation.get("val_step", [])
+        if self.val_loader is None or not due or (steps and steps[-1] == self.step):
+            return
+        self._record_scores(self.score(max_blocks=self.config.eval_blocks))
+        self._watch_for_gain()
+
+    def _watch_for_gain(self) -> None:
+        """Keep the weights of a new lowest loss, if training may have to go back to them."""
+        if self.config.early_stopping_patience is None:
+            return
+        if self.best_step == self.step:
+            self._evaluations_without_gain = 0
+            self._save()
+        else:
+            self._evaluations_without_gain += 1
+
+    def _has_stopped_gaining(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self._evaluations_without_gain >= patience
+
+    def _return_to_best(self) -> None:
+        """Load the weights of the lowest validation loss."""
+        steps = self.history.validation.get("val_step", [])
+        if not steps or steps[-1] != self.step:
+            self._record_scores(self.score(max_blocks=self.config.eval_blocks))
+        for column in self.history.validation.values():
+            column.pop()  # the final evaluation takes its place
+        if self.best_step not in (None, self.step):
+            log.info("Going back to the weights of step %d, whose validation loss is lowest", self.best_step)
+            load_weights(self._checkpoint_path(self.best_step), self.model)
+
+    def _record_scores(self, scores: Scores) -> None:
+        row: dict[str, Number] = {"val_step": self.step, **scores.metrics()}
+        if isinstance(scores, BlockScores):
+            self.history.totals["teacher_val_ppl"] = self.history.finite("teacher_val_ppl", row.pop("teacher_val_ppl"))
+            row["val_bits_per_byte"] = self._bits_per_byte(scores)
+        self.history.append(self.history.validation, row)
+        log.info("step %d  %s", self.step, _describe(row))
+        # The last evaluation takes all blocks: compare on those that every evaluation has seen.
+        limit = self.config.eval_blocks
+        loss = (scores if limit is None else scores.first(limit)).metrics()["val_loss"]
+        assert loss is not None
+        if math.isfinite(loss) and (self.best_val_loss is None or loss < self.best_val_loss):
+            self.best_val_loss, self.best_step = loss, self.step
+        self._write_history()
+
+    def record_test(self, scores: Scores) -> None:
+        """Enter the test part's loss and perplexity into the history."""
+        metrics = scores.metrics()
+        for key in ("loss", "ppl"):
+            self.history.totals[f"test_{key}"] = self.history.finite(f"test_{key}", metrics.get(f"val_{key}"))
+        self._write_history()
+
+    def _bits_per_byte(self, scores: BlockScores) -> float | None:
+        """Bits per byte of the raw text, which compares across tokenizers; None for loaders of unknown text."""
+        if not isinstance(self.val_loader, BlockLoader):
+            return None
+        loss = scores.mean(scores.nll)
+        assert loss is not None
+        return loss / math.log(2) * self.val_loader.dataset.tokens_per_byte
+
+    def _raise_if_stopped(self) -> None:
+        if self.stop.signum is not None:
+            raise StopRequest
+
+
+def _describe(row: dict[str, Number]) -> str:
+    return "  ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))

@@ -1,0 +1,75 @@
+"""What the trainers on pairs of answers share: batches, the answers' log-probabilities, rewards and scores."""
+
+from functools import cached_property
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kd.config import TrainerConfig
+from kd.losses import IGNORE_INDEX
+from kd.trainers.answers import AnswerScorer, join_answers
+from kd.trainers.base import BaseTrainer, Terms
+from kd.trainers.evaluation import ExampleScores
+from kd.trainers.state import Batch
+
+C = TypeVar("C", bound=TrainerConfig)
+
+
+class PairLogprobs(NamedTuple):
+    """Log-probabilities of the answers of pairs, (B, 2): of the chosen and of the rejected one."""
+
+    summed: Tensor
+    """Over an answer's tokens, in nats."""
+    tokens: Tensor
+    """Number of an answer's tokens."""
+
+
+class PreferenceTrainer(BaseTrainer[C]):
+    """Trains on pairs of answers to a prompt, one of which was chosen.
+
+    Batches hold `prompt_`, `chosen_` and `rejected_` x `input_ids` and `attention_mask` (B, L of each), padded on
+    either side; answers come without the prompt, which the trainer puts before them.
+    """
+
+    loss_terms: tuple[str, ...] = ("reward_margin", "reward_accuracy")
+
+    @cached_property
+    def scorer(self) -> AnswerScorer:
+        """The trained model and its log-probabilities."""
+        return AnswerScorer(self.model)
+
+    def _prepare_batch(self, batch: Batch) -> Batch:
+        moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        prompts, mask = moved["prompt_input_ids"], moved["prompt_attention_mask"]
+        width = max(moved["chosen_input_ids"].size(1), moved["rejected_input_ids"].size(1))
+        answers, answer_mask = (
+            torch.cat([_widened(moved[f"{name}_{kind}"], width) for name in ("chosen", "rejected")])
+            for kind in ("input_ids", "attention_mask")
+        )
+        input_ids, labels = join_answers(prompts.repeat(2, 1), mask.repeat(2, 1), answers, answer_mask)
+        prepared = {"input_ids": input_ids, "labels": labels}
+        return prepared | ({"example_id": batch["example_id"]} if "example_id" in batch else {})
+
+    def _pair_logprobs(self, scorer: AnswerScorer, batch: Batch) -> PairLogprobs:
+        logprobs = scorer(batch["input_ids"], batch["labels"]).logprobs
+        tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
+        return PairLogprobs(logprobs.sum(dim=1).view(2, -1).T, tokens.view(2, -1).T)
+
+    def _count_units(self, batch: Batch) -> Tensor:
+        return torch.tensor(len(batch["labels"]) // 2, device=self.device)
+
+    def _reward_terms(self, rewards: Tensor) -> Terms:
+        """Return the mean margin and accuracy of rewards (B, 2)."""
+        margin = (rewards[:, 0] - rewards[:, 1]).detach()
+        return {"reward_margin": margin.mean(), "reward_accuracy": (margin > 0).float().mean()}
+
+    def _pair_scores(self, losses: Tensor, rewards: Tensor) -> ExampleScores:
+        margin = rewards[:, 0] - rewards[:, 1]
+        columns = {"loss": losses, "reward_margin": margin, "reward_accuracy": margin > 0}
+        return ExampleScores({name: column.double().cpu() for name, column in columns.items()})
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """Return (B, width) with zeros on the right."""
+    return nn.functional.pad(tensor, (0, width - tensor.size(1)))
