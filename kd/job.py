@@ -10,7 +10,7 @@ from kd.config import Config
 from kd.errors import ResourceError
 from kd.plan import make_plan
 from kd.runs import Run
-from kd.stop import StopSignal
+from kd.stop import StopSignal, signals_to
 
 log = logging.getLogger("kd")
 
@@ -29,7 +29,7 @@ def do_run(config: Config, files: dict[str, str]) -> float:
         KDError: of the kind that fits; see `kd.errors` for the exit codes.
     """
     stop = StopSignal()
-    with stop.installed(), _resources_named(config):
+    with signals_to(stop.request), _resources_named(config):
         plan = make_plan(config)
         run = Run(plan.identity)
         result = None if config.overwrite else run.result()

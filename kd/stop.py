@@ -1,13 +1,24 @@
 """A polite end: a signal asks, the training loop answers at the next point where everything is whole."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from kd.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a handler have SIGTERM and SIGINT while the block runs; only in the main thread."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class StopSignal:
@@ -36,13 +47,3 @@ class StopSignal:
             yield
         finally:
             self._listeners -= 1
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGINT while the block runs; only in the main thread."""
-        before = {number: signal.signal(number, self.request) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

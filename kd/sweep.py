@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from kd.composition import CONFIG_NAME, conf_dir
 from kd.errors import IntegrityError, Interrupted, KDError
 from kd.runs import RunState, holder_of, read_failure, read_result, run_state
+from kd.stop import signals_to
 from kd.sweep_jobs import Job, StopFile, SweepTask, last_lines
 from kd.sweep_points import Point, find_points
 from kd.sweep_share import Share, num_cores, share_out
@@ -104,7 +105,7 @@ def _launch(points: Sequence[Point], context: HydraContext, master: DictConfig) 
     log.info("What each run prints goes to %s/", task.scratch)
     returns: Sequence[JobReturn] = []
     try:
-        with task.stop.installed():
+        with signals_to(task.stop.request):
             returns = launcher.launch([list(point.overrides) for point in points], initial_job_idx=0)
     except KeyboardInterrupt:  # a second request to stop
         log.warning("Stopped at once; what was not saved yet is lost")

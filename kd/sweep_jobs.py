@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +18,7 @@ from typing import Any
 
 from kd.errors import IntegrityError, Interrupted, KDError, RunHeldError
 from kd.runs import Failure, RunState, forget_failure, holder_of, read_result, run_state, write_failure
-from kd.stop import SIGNALS
+from kd.stop import SIGNALS, signals_to
 from kd.sweep_share import POLL_SECONDS, Share
 
 log = logging.getLogger("kd")
@@ -51,16 +50,6 @@ class StopFile:
             return int(self.path.read_text() or signal.SIGTERM)  # empty for the instant in which it is written
         except FileNotFoundError:
             return None
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGINT while the block runs; only in the main thread."""
-        before = {number: signal.signal(number, self.request) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Worker:
@@ -128,7 +117,7 @@ class SweepTask:
             KDError: if it failed; the failure is recorded in its directory.
         """
         worker = _Worker(self.stop)
-        with _signals_to(worker, self.pid != os.getpid()):
+        with nullcontext() if self.pid == os.getpid() else signals_to(worker.request):
             return self._run(self.jobs[number], worker)
 
     def _run(self, job: Job, worker: _Worker) -> float:
@@ -183,17 +172,6 @@ class SweepTask:
         write_failure(job.directory, Failure(error, code, str(self.log_of(job))))
         log.warning("Failed %s: %s", job.directory.name, error)
         raise KDError(f"{job.directory.name}: {error}")
-
-
-@contextmanager
-def _signals_to(worker: _Worker, wanted: bool) -> Iterator[None]:
-    """In a worker process, let SIGTERM and SIGINT stop its job."""
-    before = {number: signal.signal(number, worker.request) for number in SIGNALS} if wanted else {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait_while_held(directory: Path, worker: _Worker) -> None:

@@ -15,6 +15,7 @@ import pytest
 import kd.sweep_jobs
 from kd.errors import Interrupted, KDError
 from kd.runs import FAILURE, RESULT, Failure, RunState, read_failure, run_state, write_failure
+from kd.stop import signals_to
 from kd.sweep_jobs import Job, StopFile, SweepTask, describe_end, last_lines
 from kd.sweep_share import Share
 
@@ -148,7 +149,7 @@ def test_a_stopped_sweep_asks_its_child_once_and_waits_until_it_has_saved(signum
         os.kill(os.getpid(), signum)
 
     threading.Thread(target=ask).start()
-    with stopped.stop.installed(), pytest.raises(Interrupted) as caught:
+    with signals_to(stopped.stop.request), pytest.raises(Interrupted) as caught:
         stopped.run(0)
     assert caught.value.exit_code == 128 + signum
     assert Path("requests").read_text() == f"{signal.SIGTERM:d}\n"
@@ -204,7 +205,7 @@ def test_a_second_request_does_not_wait() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=ask).start()
-    with stopped.stop.installed(), pytest.raises(KeyboardInterrupt):
+    with signals_to(stopped.stop.request), pytest.raises(KeyboardInterrupt):
         stopped.run(0)
 
 

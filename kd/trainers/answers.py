@@ -45,7 +45,8 @@ def join_answers(prompts: Tensor, prompt_mask: Tensor, answers: Tensor, answer_m
     tokens, mask = torch.cat([prompts, answers], dim=1), torch.cat([prompt_mask, answer_mask], dim=1)
     is_answer = torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1)
     tokens, is_answer, mask = pad_on_the_right(mask, tokens, is_answer, mask)
-    longest = int(mask.count_nonzero(dim=1).max())
+    # At least one input: a model cannot read a batch without columns.
+    longest = max(2, int(mask.count_nonzero(dim=1).max()))
     tokens, is_answer = tokens[:, :longest], is_answer[:, :longest]
     return Sequences(tokens[:, :-1], tokens[:, 1:].masked_fill(is_answer[:, 1:] == 0, IGNORE_INDEX))
 
@@ -79,6 +80,13 @@ class AnswerScorer(nn.Module):
         return linear_token_logprobs(hidden, head.weight, labels, bias=head.bias, with_entropy=with_entropy)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model as it is now, in eval mode and without gradients: a reference."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def frozen_reference(model: nn.Module, ref_model: nn.Module | None) -> nn.Module:
+    """Return the reference in eval mode and without gradients; a copy of the model as it is now if None is given.
+
+    Raises:
+        ValueError: if the reference is the model itself, which could then not be trained.
+    """
+    if ref_model is model:
+        raise ValueError("ref_model is the trained model itself: give another, or None for a frozen copy.")
+    reference = copy.deepcopy(model) if ref_model is None else ref_model
+    return reference.eval().requires_grad_(False)

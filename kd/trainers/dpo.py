@@ -3,6 +3,7 @@
 Source: Rafailov et al. 2023, arXiv:2305.18290.
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,15 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kd.config import DPOConfig
+from kd.losses import IGNORE_INDEX
 from kd.preference_losses import dpo_loss
-from kd.trainers.answers import AnswerScorer, frozen_copy
+from kd.trainers.answers import AnswerScorer, frozen_reference
 from kd.trainers.base import Terms
 from kd.trainers.evaluation import ExampleScores
 from kd.trainers.preferences import PairLogprobs, PreferenceTrainer
 from kd.trainers.state import Batch
-
-PairIds = tuple[bool, int]
-"""Whether an example is of training, and its id."""
 
 
 class _Outputs(NamedTuple):
@@ -33,7 +32,7 @@ class _Outputs(NamedTuple):
 class DPOTrainer(PreferenceTrainer[DPOConfig]):
     """Train on pairs of answers with DPO. Batches: see `PreferenceTrainer`.
 
-    With `example_id` (B,) in the batches the reference scores each example once: its log-probabilities are kept.
+    The reference scores each pair once: its log-probabilities are kept, some hundred bytes a pair.
 
     Args:
         ref_model: The reference, put into eval mode and frozen; a copy of the model as it is now if None.
@@ -65,22 +64,21 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
             device=device,
             run_dir=run_dir,
         )
-        reference = frozen_copy(model) if ref_model is None else ref_model.eval().requires_grad_(False)
-        self._reference = AnswerScorer(reference.to(self.device))
-        self._known: dict[PairIds, Tensor] = {}
+        self._reference = AnswerScorer(frozen_reference(model, ref_model).to(self.device))
+        self._known: dict[int, float] = {}
 
     def _forward(self, batch: Batch) -> _Outputs:
-        return _Outputs(self._pair_logprobs(self.scorer, batch), self._reference_logprobs(batch))
+        policy = self._pair_logprobs(self.scorer, batch)
+        return _Outputs(policy, self._reference_logprobs(batch).to(policy.summed))
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: Batch) -> Tensor:
-        if "example_id" not in batch:
-            return self._pair_logprobs(self._reference, batch).summed
-        ids = [(self.model.training, int(number)) for number in batch["example_id"]]
-        if not all(number in self._known for number in ids):
-            rows = self._pair_logprobs(self._reference, batch).summed.cpu()
-            self._known |= dict(zip(ids, rows, strict=True))
-        return torch.stack([self._known[number] for number in ids]).to(self.device)
+        """Return the reference's log-probabilities of pairs, (B, 2)."""
+        keys = _keys(batch)
+        if not all(key in self._known for key in keys):
+            logprobs = self._reference(batch["input_ids"], batch["labels"]).logprobs.sum(dim=1)
+            self._known |= dict(zip(keys, logprobs.tolist(), strict=True))
+        return torch.tensor([self._known[key] for key in keys], dtype=torch.float64).view(2, -1).T
 
     def _compute_loss(self, outputs: _Outputs, batch: Batch) -> tuple[Tensor, Terms]:  # noqa: ARG002
         losses, rewards = self._losses(outputs)
@@ -98,12 +96,23 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
 
     def _get_extra_checkpoint_state(self) -> dict[str, Any]:
         # In another order of batches padding differs, and with it the last digit: a resumed run keeps what it had.
-        training = [(number, row) for (is_training, number), row in self._known.items() if is_training]
-        ids, rows = zip(*training, strict=True) if training else ((), ())
-        return {"ids": list(ids), "logprobs": torch.stack(rows) if rows else torch.empty(0, 2)}
+        return {
+            "keys": torch.tensor(list(self._known), dtype=torch.int64),
+            "logprobs": torch.tensor(list(self._known.values()), dtype=torch.float64),
+        }
 
     def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
-        self._known = {(True, number): row for number, row in zip(state["ids"], state["logprobs"], strict=True)}
+        self._known = dict(zip(state["keys"].tolist(), state["logprobs"].tolist(), strict=True))
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         return {"beta": self.config.beta, "label_smoothing": self.config.label_smoothing}
+
+
+def _keys(batch: Batch) -> list[int]:
+    """Return a number for each sequence that tells it, prompt and answer, from others, however it is padded."""
+    # Not the batch's example ids: those of training, validation and test sets may be the same.
+    input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    lengths = (torch.arange(1, labels.size(1) + 1) * (labels != IGNORE_INDEX)).amax(dim=1).tolist()
+    contents = [torch.stack(row)[:, :length] for *row, length in zip(input_ids, labels, lengths, strict=True)]
+    digests = [hashlib.blake2b(content.numpy().tobytes(), digest_size=8).digest() for content in contents]
+    return [int.from_bytes(digest, "little", signed=True) for digest in digests]

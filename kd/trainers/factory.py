@@ -57,11 +57,16 @@ def create_trainer(
     What only one trainer takes (a reference, a reward function, a teacher) is given to its class.
 
     Raises:
-        ValueError: if the name is unknown, or that of a trainer that cannot do without arguments of its own.
+        ValueError: if the name is unknown, or that of a trainer that cannot do without arguments of its own, or if
+            the config is another trainer's.
     """
     trainer_class = get_trainer_class(name)
     if trainer_class is DistillationTrainer:
         raise ValueError("trainer=distillation needs a teacher: make a DistillationTrainer itself.")
+    if config is not None and not isinstance(config, trainer_class.config_class):
+        raise ValueError(
+            f"trainer={name} takes a {trainer_class.config_class.__name__}, and config is a {type(config).__name__}."
+        )
     return trainer_class(
         model,
         optimizer,

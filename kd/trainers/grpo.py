@@ -18,7 +18,7 @@ from kd.generation import GenerationConfig, TextGenerator
 from kd.losses import IGNORE_INDEX
 from kd.policy_losses import group_advantages, grpo_loss
 from kd.token_logprobs import TokenLogprobs
-from kd.trainers.answers import AnswerScorer, frozen_copy, join_answers
+from kd.trainers.answers import AnswerScorer, frozen_reference, join_answers
 from kd.trainers.base import BaseTrainer, Terms
 from kd.trainers.evaluation import ExampleScores
 from kd.trainers.state import Batch
@@ -85,8 +85,7 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
         self.reward_fn, self.generator = reward_fn, generator
         self._reference: AnswerScorer | None = None
         if self.config.kl_coef > 0:
-            reference = frozen_copy(model) if ref_model is None else ref_model.eval().requires_grad_(False)
-            self._reference = AnswerScorer(reference.to(self.device))
+            self._reference = AnswerScorer(frozen_reference(model, ref_model).to(self.device))
 
     @property
     def optimization_epochs(self) -> int:
@@ -97,7 +96,7 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         rollout = batch if "responses" in batch else self._sample(batch)
-        rewards = rollout["rewards"] if "rewards" in rollout else self._rewards(rollout)
+        rewards = rollout["rewards"].float() if "rewards" in rollout else self._rewards(rollout)
         moved = {name: value.to(self.device, non_blocking=True) for name, value in rollout.items()}
         answer_mask = _mask_of(moved, "responses", "response_attention_mask")
         input_ids, labels = join_answers(
@@ -136,7 +135,8 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
                 "GRPOTrainer needs a reward_fn and a generator (to decode), or batches that hold `rewards`."
             )
         end = self.generator.tokenizer.eos_token_id
-        rows = zip(rollout["responses"].tolist(), rollout["response_attention_mask"].tolist(), strict=True)
+        mask = _mask_of(rollout, "responses", "response_attention_mask")
+        rows = zip(rollout["responses"].tolist(), mask.tolist(), strict=True)
         kept = [[token for token, real in zip(*row, strict=True) if real and token != end] for row in rows]
         texts = [self.generator.decode(tokens) for tokens in kept]
         try:
@@ -157,6 +157,11 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
         return rewards
 
     def _advantages(self, rewards: Tensor) -> Tensor:
+        if len(rewards) % self.config.group_size:
+            raise DataError(
+                f"A batch holds {len(rewards)} responses, which are no whole groups of "
+                f"train.group_size={self.config.group_size}: give as many responses to each prompt."
+            )
         try:
             return group_advantages(rewards, self.config.group_size)
         except ValueError as error:

@@ -48,8 +48,7 @@ class PreferenceTrainer(BaseTrainer[C]):
             for kind in ("input_ids", "attention_mask")
         )
         input_ids, labels = join_answers(prompts.repeat(2, 1), mask.repeat(2, 1), answers, answer_mask)
-        prepared = {"input_ids": input_ids, "labels": labels}
-        return prepared | ({"example_id": batch["example_id"]} if "example_id" in batch else {})
+        return {"input_ids": input_ids, "labels": labels}
 
     def _pair_logprobs(self, scorer: AnswerScorer, batch: Batch) -> PairLogprobs:
         logprobs = scorer(batch["input_ids"], batch["labels"]).logprobs

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: cross-entropy on the answers."""
 
 from kd.config import SFTConfig
+from kd.losses import IGNORE_INDEX
 from kd.trainers.answers import pad_on_the_right
 from kd.trainers.language_model import LanguageModelTrainer
 from kd.trainers.state import Batch
@@ -19,7 +20,9 @@ class SFTTrainer(LanguageModelTrainer[SFTConfig]):
         prepared = super()._prepare_batch(batch)
         mask = prepared.pop("attention_mask", None)
         if mask is not None:
-            # Then a causal model needs no mask.
-            inputs, labels = pad_on_the_right(mask, prepared["input_ids"], prepared["labels"])
+            # Padding on the left ends where an answer without a prompt begins: nothing predicts its first token.
+            labels = prepared["labels"].masked_fill(mask == 0, IGNORE_INDEX)
+            # With padding on the right a causal model needs no mask.
+            inputs, labels = pad_on_the_right(mask, prepared["input_ids"], labels)
             prepared |= {"input_ids": inputs, "labels": labels}
         return prepared

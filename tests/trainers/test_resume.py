@@ -16,7 +16,7 @@ from kd.checkpoint import load_state
 from kd.data.blocks import PackedBlocks
 from kd.data.loaders import BlockLoader, eval_loader, train_loader
 from kd.errors import IntegrityError, Interrupted, NumericError
-from kd.stop import StopSignal
+from kd.stop import StopSignal, signals_to
 
 from .helpers import (
     BYTES,
@@ -287,7 +287,7 @@ def test_a_real_signal_ends_training_with_a_checkpoint(tmp_path: Path, number: i
             os.kill(os.getpid(), number)
 
     trainer.optimizer.register_step_post_hook(kill)
-    with pytest.raises(Interrupted, match="The same command continues") as caught, trainer.stop.installed():
+    with pytest.raises(Interrupted, match="The same command continues") as caught, signals_to(trainer.stop.request):
         trainer.train()
     assert caught.value.exit_code == code
     assert checkpoints_in(tmp_path) == [4]
