@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from kd.analysis import load_runs
 from kd.errors import DataError, ResourceError
 from kd.files import read_json
+from kd.runs import LOCK
 
 from .synthetic_runs import Sweep, fail, make_grid
 
@@ -83,9 +85,13 @@ def test_states_are_read_from_the_files() -> None:
     failed = fail(sweep.root, "alpha1-temperature4-seed3-0123abcd", "out of luck")
     retried = sweep.add(0.5, 4, 4.5)
     (retried / "failure.json").write_text('{"error": "earlier", "exit_code": 1, "log": "x"}')
-    frame: Any = load_runs("outputs").runs.set_index("directory")
+    live = sweep.add(1.0, 4, 4.5)
+    (live / "result.json").unlink()
+    with FileLock(live / LOCK):
+        frame: Any = load_runs("outputs").runs.set_index("directory")
+    assert frame.at[str(live), "state"] == "running"
     assert frame.at[str(done), "state"] == frame.at[str(retried), "state"] == "done"
-    assert frame.at[str(half), "state"] == "unfinished"
+    assert frame.at[str(half), "state"] == "interrupted"
     assert frame.at[str(failed), "state"] == "failed"
     assert frame.at[str(failed), "error"] == "out of luck"
     assert frame.loc[str(failed), ["alpha", "temperature", "seed"]].tolist() == [1, 4, 3]

@@ -23,7 +23,7 @@ class Runs:
     """What `load_runs` found."""
 
     runs: pd.DataFrame
-    """A row a run: experiment, run, directory, state (done, failed, unfinished), settings, final metrics, cost."""
+    """A row a run: experiment, run, directory, state (`kd.runs.RunState`), settings, final metrics, cost."""
     metrics: pd.DataFrame
     """A row a run, metric and step: experiment, run, directory, alpha, temperature, seed, metric, step, value."""
     problems: list[str]

@@ -176,7 +176,7 @@ def _shade(share: float) -> tuple[float, float, float]:
 
 def _undone(all_runs: pd.DataFrame) -> str:
     counts = all_runs["state"].value_counts()
-    return ", ".join(f"{counts[state]} {state}" for state in ("failed", "unfinished") if state in counts)
+    return ", ".join(f"{counts[state]} {state}" for state in ("failed", "running", "interrupted") if state in counts)
 
 
 # --- lines and points ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 from kd.analysis.blocks import Blocks, read_blocks
 from kd.errors import IntegrityError
 from kd.files import digest_of, read_json
+from kd.runs import RunState, is_held
 
 MARKS = ("result.json", "history.json", "environment.json", "failure.json", "config.yaml")
 """Any of these makes a directory a run."""
@@ -32,8 +33,8 @@ class RunFiles:
     """What the files of one run say."""
 
     directory: Path
-    state: str = "unfinished"
-    """done, failed or unfinished."""
+    state: str = RunState.INTERRUPTED.value
+    """done, failed, running or interrupted (see `kd.runs.RunState`)."""
     error: str = ""
     command: str = ""
     evaluation: str = ""
@@ -83,13 +84,16 @@ def read_run(directory: Path) -> RunFiles:
 
 def _read_state(run: RunFiles, result: dict[str, Any]) -> None:
     if result.get("state") == "done":
-        run.state = "done"
+        run.state = RunState.DONE.value
         return
     if result:
-        run.problems.append(f"{run.directory / 'result.json'} does not say that the run is done: taken as unfinished.")
+        run.problems.append(f"{run.directory / 'result.json'} does not say that the run is done: taken as interrupted.")
+    if is_held(run.directory):
+        run.state = RunState.RUNNING.value
+        return
     failure = run.object_in("failure.json")
     if (run.directory / "failure.json").is_file():
-        run.state = "failed"
+        run.state = RunState.FAILED.value
         run.error = str(failure.get("error", "unknown error"))
 
 

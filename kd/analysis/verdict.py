@@ -105,7 +105,7 @@ def _against_baseline(comparison: Comparison, level: float) -> list[str]:
 def states(runs: Runs) -> str:
     """Return how many runs are in which state."""
     counts = runs.runs["state"].value_counts()
-    words = [f"{counts[state]} {state}" for state in ("done", "failed", "unfinished") if state in counts]
+    words = [f"{counts[state]} {state}" for state in ("done", "failed", "running", "interrupted") if state in counts]
     return f"{len(runs.runs)} runs: {', '.join(words)}."
 
 
