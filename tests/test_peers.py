@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
-from kd.config import ModelConfig, TrainingConfig
+from kd.config import DPOConfig, GRPOConfig, ModelConfig, ORPOConfig, TrainingConfig
 from kd.linear_distillation import linear_distillation_loss
 from kd.losses import IGNORE_INDEX, distillation_loss
 from kd.model import StudentModel
@@ -26,7 +26,7 @@ from kd.policy_losses import group_advantages, grpo_loss
 from kd.preference_losses import dpo_loss, orpo_odds_ratio_loss
 from kd.tiles import Tiling
 from kd.token_logprobs import TokenLogprobs, linear_token_logprobs
-from kd.trainers import DistillationTrainer
+from kd.trainers import BaseTrainer, DistillationTrainer, DPOTrainer, GRPOTrainer, ORPOTrainer
 from kd.trainers.state import Batch
 
 from .llama import make_llama
@@ -224,10 +224,10 @@ class Texts:
         return F.pad(shifted, (0, 1), value=IGNORE_INDEX)
 
 
-def make_pairs() -> Texts:
+def make_pairs(prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS) -> Texts:
     """Return the chosen answers behind their prompts, then the rejected ones, padded on the right."""
     torch.manual_seed(9)
-    prompts = [torch.randint(1, VOCAB, (length,)) for length in PROMPT_LENGTHS]
+    prompts = [torch.randint(1, VOCAB, (length,)) for length in prompt_lengths]
     answers = [torch.randint(1, VOCAB, (length,)) for length in CHOSEN_LENGTHS + REJECTED_LENGTHS]
     rows = [torch.cat((prompt, answer)) for prompt, answer in zip(prompts * 2, answers, strict=True)]
     is_answer = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts * 2, strict=True)]
@@ -328,16 +328,21 @@ def test_dpo_with_label_smoothing_is_that_of_trl(monkeypatch: pytest.MonkeyPatch
     assert_same_step(llama, our_dpo_loss(llama, pairs, 0.2).mean(), trainer.model, theirs.mean())
 
 
-def test_orpo_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its cross-entropy is that of the chosen text with its prompt."""
-    pairs, llama = make_pairs(), policy()
-    trainer = make_trl(monkeypatch, "trl.experimental.orpo", "ORPO", policy(), options={"beta": BETA})
+def their_orpo_loss(trainer: Any, pairs: Texts) -> Tensor:
     answers = pairs.input_ids.masked_fill(pairs.answer_mask == 0, IGNORE_INDEX)
     batch = {}
     for name, rows in (("chosen", slice(0, 4)), ("rejected", slice(4, 8))):
         batch[f"{name}_input_ids"], batch[f"{name}_labels"] = pairs.input_ids[rows], answers[rows]
         batch[f"{name}_attention_mask"] = pairs.attention_mask[rows]
-    theirs, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
+    loss: Tensor = trainer.get_batch_loss_metrics(trainer.model, batch)[0]
+    return loss
+
+
+def test_orpo_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cross-entropy is that of the chosen text with its prompt."""
+    pairs, llama = make_pairs(), policy()
+    trainer = make_trl(monkeypatch, "trl.experimental.orpo", "ORPO", policy(), options={"beta": BETA})
+    theirs = their_orpo_loss(trainer, pairs)
 
     labels = pairs.targets()
     means = scores(llama, pairs, labels).logprobs.sum(dim=1) / (labels != IGNORE_INDEX).sum(dim=1)
@@ -348,18 +353,15 @@ def test_orpo_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_step(llama, ours, trainer.model, theirs)
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
-@pytest.mark.parametrize(("kl_coef", "entropy_coef"), [(0.0, 0.0), (0.04, 0.0), (0.04, 0.1)])
-def test_grpo_is_that_of_trl(
-    monkeypatch: pytest.MonkeyPatch, loss_type: str, kl_coef: float, entropy_coef: float
-) -> None:
-    texts, llama = make_rollouts(), policy()
-    width, start = max(CHOSEN_LENGTHS), max(PROMPT_LENGTHS)
-    mask, labels = texts.answer_mask[:, start:], texts.targets()
+def old_and_held(texts: Texts) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the responses: some near the policy's, and the reference's."""
+    start, targets = max(PROMPT_LENGTHS), texts.targets()
     with torch.no_grad():
-        held = scores(reference(), texts, labels).logprobs[:, start - 1 : -1]
-        old = scores(llama, texts, labels).logprobs[:, start - 1 : -1] + 0.3 * torch.randn(mask.shape) * mask
-    advantages = torch.tensor([1.2, -0.7, -1.1, 0.4])
+        held, old = (scores(llama, texts, targets).logprobs[:, start - 1 : -1] for llama in (reference(), policy()))
+    return old + 0.3 * torch.randn(old.shape) * texts.answer_mask[:, start:], held
+
+
+def make_trl_grpo(monkeypatch: pytest.MonkeyPatch, loss_type: str, kl_coef: float, entropy_coef: float) -> Any:
     options = {
         "beta": 0.0,  # otherwise a reference is loaded from a path; the loss reads it below
         "use_bias_correction_kl": False,  # its default weighs the paper's KL with the ratio (arXiv:2512.02556)
@@ -371,18 +373,38 @@ def test_grpo_is_that_of_trl(
     }
     trainer = make_trl(monkeypatch, "trl", "GRPO", policy(), options=options)
     trainer.beta = kl_coef
+    trainer.model.eval()
+    return trainer
+
+
+def their_grpo_loss(trainer: Any, texts: Texts, old: Tensor, held: Tensor, advantages: Tensor) -> Tensor:
+    start = max(PROMPT_LENGTHS)
     inputs = {
         "prompt_ids": texts.input_ids[:, :start],
         "prompt_mask": texts.attention_mask[:, :start],
         "completion_ids": texts.input_ids[:, start:],
-        "completion_mask": mask,
+        "completion_mask": texts.answer_mask[:, start:],
         "advantages": advantages,
         "old_per_token_logps": old,
         "ref_per_token_logps": held,
-        "num_items_in_batch": mask.sum(),
+        "num_items_in_batch": texts.answer_mask.sum(),
     }
-    trainer.model.eval()
-    theirs = trainer.compute_loss(trainer.model, inputs)
+    loss: Tensor = trainer.compute_loss(trainer.model, inputs)
+    return loss
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
+@pytest.mark.parametrize(("kl_coef", "entropy_coef"), [(0.0, 0.0), (0.04, 0.0), (0.04, 0.1)])
+def test_grpo_is_that_of_trl(
+    monkeypatch: pytest.MonkeyPatch, loss_type: str, kl_coef: float, entropy_coef: float
+) -> None:
+    texts, llama = make_rollouts(), policy()
+    width, start = max(CHOSEN_LENGTHS), max(PROMPT_LENGTHS)
+    mask, labels = texts.answer_mask[:, start:], texts.targets()
+    old, held = old_and_held(texts)
+    advantages = torch.tensor([1.2, -0.7, -1.1, 0.4])
+    trainer = make_trl_grpo(monkeypatch, loss_type, kl_coef, entropy_coef)
+    theirs = their_grpo_loss(trainer, texts, old, held, advantages)
 
     found = scores(llama, texts, labels, with_entropy=True)
     assert found.entropy is not None
@@ -400,3 +422,88 @@ def test_advantages_use_the_standard_deviation_of_trl() -> None:
     groups = rewards.view(3, 4)
     expected = (groups - groups.mean(dim=1, keepdim=True)) / (nanstd(groups, dim=1).unsqueeze(1) + 1e-4)
     torch.testing.assert_close(group_advantages(rewards, 4), expected.view(-1), rtol=1e-5, atol=1e-6)
+
+
+# --- whole trainers: a training step on a model of transformers ------------------------------------------------------
+
+
+def pair_batch(pairs: Texts) -> Batch:
+    """Return the pairs as our trainers take them: prompts padded on the left, answers apart from them."""
+    is_prompt = (pairs.attention_mask - pairs.answer_mask).bool()
+    parts = {
+        "prompt": [row[real].flip(0) for row, real in zip(pairs.input_ids[:4], is_prompt[:4], strict=True)],
+        "chosen": [row[real > 0] for row, real in zip(pairs.input_ids[:4], pairs.answer_mask[:4], strict=True)],
+        "rejected": [row[real > 0] for row, real in zip(pairs.input_ids[4:], pairs.answer_mask[4:], strict=True)],
+    }
+    batch = {}
+    for name, rows in parts.items():
+        tokens, mask = pad_sequence(rows, True), pad_sequence([torch.ones_like(row) for row in rows], True)
+        flipped = name == "prompt"
+        batch[f"{name}_input_ids"] = tokens.flip(1) if flipped else tokens
+        batch[f"{name}_attention_mask"] = mask.flip(1) if flipped else mask
+    return batch
+
+
+def assert_step_of(ours: BaseTrainer[Any], batch: Batch, theirs: Any, their_loss: Tensor) -> dict[str, float]:
+    """Compare a training step's loss and gradients with those of a trainer of TRL's; return our terms."""
+    terms = ours.training_step(batch)
+    assert terms["loss"] == pytest.approx(float(their_loss.detach()), rel=1e-5)
+    wanted = torch.autograd.grad(their_loss, list(theirs.model.parameters()))
+    largest = max(float(gradient.abs().max()) for gradient in wanted)
+    assert largest > 1e-3
+    for parameter, expected in zip(ours.model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-6 * largest)
+    return terms
+
+
+def test_the_dpo_trainers_step_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, ours = make_pairs(), DPOTrainer(policy(), ref_model=reference(), config=DPOConfig(beta=BETA))
+    trainer = make_trl(monkeypatch, "trl", "DPO", policy(), reference(), options={"beta": BETA})
+    theirs = their_dpo_loss(trainer, pairs, torch.arange(8))
+    terms = assert_step_of(ours, pair_batch(pairs), trainer, theirs)
+    logged = {name: values[0] for name, values in trainer._metrics["eval"].items()}
+    assert terms["reward_margin"] == pytest.approx(logged["rewards/margins"], rel=1e-5)
+    assert terms["reward_accuracy"] == logged["rewards/accuracies"]
+
+
+def test_the_orpo_trainers_step_is_that_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's cross-entropy counts prompts too, all but their first token: with prompts of one token it is ours."""
+    pairs, ours = make_pairs((1, 1, 1, 1)), ORPOTrainer(policy(), config=ORPOConfig(beta=BETA))
+    trainer = make_trl(monkeypatch, "trl.experimental.orpo", "ORPO", policy(), options={"beta": BETA})
+    assert_step_of(ours, pair_batch(pairs), trainer, their_orpo_loss(trainer, pairs))
+
+
+def test_the_orpo_trainers_odds_ratio_is_that_of_trl_with_any_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, ours = make_pairs(), ORPOTrainer(policy(), config=ORPOConfig(beta=BETA))
+    trainer = make_trl(monkeypatch, "trl.experimental.orpo", "ORPO", policy(), options={"beta": BETA})
+    terms = ours.training_step(pair_batch(pairs))
+    whole = Texts(pairs.input_ids[:4], pairs.attention_mask[:4], pairs.attention_mask[:4]).targets()
+    logits = policy()(pairs.input_ids[:4]).logits
+    with_prompts = F.cross_entropy(logits.flatten(0, 1), whole.flatten(), ignore_index=IGNORE_INDEX)
+    theirs = their_orpo_loss(trainer, pairs) - with_prompts
+    assert BETA * terms["odds_ratio_loss"] == pytest.approx(float(theirs.detach()), rel=1e-5)
+    assert terms["ce_loss"] != pytest.approx(float(with_prompts.detach()), rel=1e-2)
+
+
+@pytest.mark.parametrize(("kl_coef", "entropy_coef"), [(0.0, 0.0), (0.04, 0.0), (0.04, 0.1)])
+def test_the_grpo_trainers_step_is_that_of_trl(
+    monkeypatch: pytest.MonkeyPatch, kl_coef: float, entropy_coef: float
+) -> None:
+    texts, start = make_rollouts(), max(PROMPT_LENGTHS)
+    rewards, (old, held) = torch.tensor([1.0, 0.2, 0.3, 0.9]), old_and_held(texts)
+    config = GRPOConfig(group_size=2, clip_range=0.2, kl_coef=kl_coef, entropy_coef=entropy_coef)
+    ours = GRPOTrainer(policy(), ref_model=reference(), config=config)
+    trainer = make_trl_grpo(monkeypatch, "bnpo", kl_coef, entropy_coef)
+    theirs = their_grpo_loss(trainer, texts, old, held, group_advantages(rewards, 2))
+    batch = {
+        "prompts": texts.input_ids[:, :start],
+        "prompt_attention_mask": texts.attention_mask[:, :start],
+        "responses": texts.input_ids[:, start:],
+        "response_attention_mask": texts.answer_mask[:, start:],
+        "rewards": rewards,
+        "old_logprobs": old,
+    }
+    terms = assert_step_of(ours, batch, trainer, theirs)
+    assert 0 < terms["clip_fraction"] < 1
+    if kl_coef > 0:
+        assert terms["kl"] == pytest.approx(trainer._metrics["eval"]["kl"][0], rel=1e-5)

@@ -155,7 +155,8 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
             self._meter.tokens += sum(self._count_tokens(batch) for batch in batches)
             self.step += 1
             self._after_step(batches[-1], progress)
-        # Not within a window: a checkpoint knows positions between windows only.
+        # Not within a window: a checkpoint, which either may lead to, knows positions between windows only.
+        self._evaluate_if_due()
         if self.step // self.config.save_interval > first // self.config.save_interval and self.step < self.total_steps:
             self._save()
         self._raise_if_stopped()
@@ -221,7 +222,6 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         progress.advance()
         if self.step % self.config.log_interval == 0 or self.step == self.total_steps:
             self._log(batch, progress)
-        self._evaluate_if_due()
 
     def _log(self, batch: Batch, progress: Progress) -> None:
         means, speed = self._meter.take()

@@ -78,9 +78,11 @@ class EvaluatingTrainer(TrainerState[C], ABC):
         return scores if max_blocks is None else scores.first(max_blocks)
 
     def _evaluate_if_due(self) -> None:
-        due = self.step > 0 and self.step % self.config.eval_interval == 0 and self.step < self.total_steps
         steps = self.history.validation.get("val_step", [])
-        if self.val_loader is None or not due or (steps and steps[-1] == self.step):
+        last = int(steps[-1] or 0) if steps else 0
+        interval = self.config.eval_interval
+        is_due = self.step < self.total_steps and self.step // interval > last // interval
+        if self.val_loader is None or not is_due:
             return
         self._record_scores(self.score(max_blocks=self.config.eval_blocks))
         self._watch_for_gain()

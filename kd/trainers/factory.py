@@ -63,10 +63,9 @@ def create_trainer(
     trainer_class = get_trainer_class(name)
     if trainer_class is DistillationTrainer:
         raise ValueError("trainer=distillation needs a teacher: make a DistillationTrainer itself.")
-    if config is not None and not isinstance(config, trainer_class.config_class):
-        raise ValueError(
-            f"trainer={name} takes a {trainer_class.config_class.__name__}, and config is a {type(config).__name__}."
-        )
+    wanted = trainer_class.config_class
+    if config is not None and not isinstance(config, wanted):
+        raise ValueError(f"trainer={name} needs a config of {wanted.__name__}, and got one of {type(config).__name__}.")
     return trainer_class(
         model,
         optimizer,

@@ -21,7 +21,8 @@ class ORPOTrainer(PreferenceTrainer[ORPOConfig]):
     """Train on pairs of answers with ORPO. Batches: see `PreferenceTrainer`.
 
     The loss is the chosen answers' cross-entropy, a mean over their tokens, plus `beta` times the odds-ratio loss, a
-    mean over pairs. An answer's reward is beta times its mean log-probability.
+    mean over pairs. An answer's reward is beta times its mean log-probability. TRL's ORPOTrainer counts the prompt's
+    tokens in the cross-entropy too; here, as in SFT, prompts are not learned.
     """
 
     config_class = ORPOConfig

@@ -12,7 +12,7 @@ from kd.model import StudentModel
 from kd.trainers import DPOTrainer, GRPOTrainer, ORPOTrainer, SFTTrainer
 from kd.trainers.state import Batch
 
-from .helpers import VOCAB
+from .helpers import VOCAB, make_student
 
 Rows = Sequence[Sequence[int]]
 SETTINGS: dict[str, Any] = {"warmup_steps": 0, "learning_rate": 1e-2}
@@ -107,8 +107,9 @@ def make_prompts(rows: Rows) -> Batch:
 
 
 def cut(batch: Batch, rows: int) -> list[Batch]:
-    """Cut a batch into batches of `rows` rows; rows of a batch need not keep its padding."""
-    return [{name: x[i : i + rows] for name, x in batch.items()} for i in range(0, len(next(iter(batch.values()))), rows)]
+    """Cut a batch into batches of `rows` rows."""
+    total = len(next(iter(batch.values())))
+    return [{name: value[i : i + rows] for name, value in batch.items()} for i in range(0, total, rows)]
 
 
 def sft(model: nn.Module, train: Any = None, val: Any = None, **settings: Any) -> SFTTrainer:
@@ -131,7 +132,8 @@ def grpo(model: nn.Module, train: Any = None, val: Any = None, **settings: Any) 
     """Return a GRPOTrainer with groups of two; it can sample if the model is a student."""
     run_dir, reference = settings.pop("run_dir", None), settings.pop("ref_model", None)
     reward_fn, end = settings.pop("reward_fn", None), settings.pop("end", None)
-    generator = TextGenerator(model, LetterTokenizer(end)) if isinstance(model, StudentModel) else None
+    tokenizer: Any = LetterTokenizer(end)
+    generator = TextGenerator(model, tokenizer) if isinstance(model, StudentModel) else None
     model.train()
     return GRPOTrainer(
         model,
@@ -143,4 +145,22 @@ def grpo(model: nn.Module, train: Any = None, val: Any = None, **settings: Any) 
         generator=generator,
         config=GRPOConfig(**{**SETTINGS, "group_size": 2, **settings}),
         run_dir=run_dir,
+    )
+
+
+PROMPTS = make_prompts(draw([1, 2, 3, 2], 5))
+
+
+def share_of_a(responses: Sequence[str], _batch: Batch) -> list[float]:
+    """Return the share of the letter a in each response."""
+    return [response.count("a") / max(len(response), 1) for response in responses]
+
+
+def online(model: StudentModel | None = None, train: Any = None, val: Any = None, **settings: Any) -> Any:
+    """Return a trainer that samples four responses of at most four tokens to each prompt."""
+    return grpo(
+        make_student() if model is None else model,
+        [PROMPTS] if train is None else train,
+        val,
+        **{"reward_fn": share_of_a, "max_new_tokens": 4, "group_size": 4, **settings},
     )

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from kd.trainers.base import BaseTrainer
@@ -50,7 +49,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 def cut(window: Batch, sizes: Sequence[int], scale: int) -> list[Batch]:
-    parts = {name: value.split([size * scale for size in sizes]) for name, value in window.items()}
+    bounds = [scale * sum(sizes[:i]) for i in range(1, len(sizes))]
+    parts = {name: value.tensor_split(bounds) for name, value in window.items()}
     return [{name: values[i] for name, values in parts.items()} for i in range(len(sizes))]
 
 
