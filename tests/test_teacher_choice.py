@@ -42,6 +42,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "rows"
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_each_block_to_the_teacher_once(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
