@@ -77,7 +77,7 @@ class Comparison:
         if frame.empty:
             return pd.DataFrame()
         frame["shown"] = [
-            f"{mean:.4g}" + ("" if math.isnan(sd) else f" +- {sd:.2g}")
+            f"{mean:.4g}" + ("" if math.isnan(sd) else f" +- {sd_text(sd)}")
             for mean, sd in zip(frame[name], frame[f"{name}_sd"], strict=True)
         ]
         frame["temperature"] = frame["temperature"].map(lambda value: "-" if math.isnan(value) else f"T={value:g}")
@@ -140,6 +140,11 @@ def _summary(group: pd.DataFrame, columns: Sequence[str], panels: Sequence[str])
     for name in WITH_SPREAD:
         row[name], row[f"{name}_sd"] = group[name].mean(), group[name].std(ddof=1)
     return row | {name: group[name].mean() for name in (*MEANS, *COSTS)}
+
+
+def sd_text(value: float) -> str:
+    """Return a standard deviation for readers: two digits, and no exponent for large ones."""
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
 def setting_label(row: "pd.Series[Any]", panels: Sequence[str]) -> str:

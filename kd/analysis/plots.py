@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from kd.analysis.comparison import Comparison
+from kd.analysis.comparison import Comparison, sd_text
 from kd.analysis.loading import Runs
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -157,7 +157,7 @@ def _cell(
     row = setting.iloc[0]
     share = 0.0 if high <= low else (float(row[column]) - low) / (high - low)
     axis.add_patch(Rectangle((x + 0.03, y + 0.04), span - 0.06, 0.92, facecolor=_shade(share), edgecolor="none"))
-    spread = "" if math.isnan(row[f"{column}_sd"]) else f"\n\u00b1 {row[f'{column}_sd']:.2g} (n={row['seeds']})"
+    spread = "" if math.isnan(row[f"{column}_sd"]) else f"\n\u00b1 {sd_text(row[f'{column}_sd'])} (n={row['seeds']})"
     mark = "\nBEST" if row["is_best"] else ("\nequal" if row["in_set"] and has_set else "")
     words = f"{row[column]:.4g}{spread}{mark}" + (f"\n{undone}" if undone else "")
     axis.text(*middle, words, ha="center", va="center", color="white" if share < 0.5 else "black", fontsize=9)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from kd.analysis.comparison import Comparison
+from kd.analysis.comparison import Comparison, sd_text
 from kd.analysis.loading import Runs
 
 
@@ -43,7 +43,7 @@ def number_text(value: float, digits: int = 4) -> str:
 
 def spread_text(mean: float, sd: float) -> str:
     """Return `mean +- SD`; without the SD where it is unknown."""
-    return number_text(mean) + ("" if math.isnan(sd) else f" +- {sd:.2g}")
+    return number_text(mean) + ("" if math.isnan(sd) else f" +- {sd_text(sd)}")
 
 
 def interval_text(estimate: float, low: float, high: float) -> str:

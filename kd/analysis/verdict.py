@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from kd.analysis.comparison import Comparison
+from kd.analysis.comparison import Comparison, sd_text
 from kd.analysis.loading import Runs
 from kd.analysis.statistics import LEVEL, MIN_DOCUMENTS
 
@@ -38,7 +38,7 @@ def _quoted(comparison: Comparison) -> str:
     best, column = comparison.best, "test_ppl" if comparison.part == "test" else "val_ppl"
     assert best is not None
     seeds, sd = int(best["seeds"]), float(best[f"{column}_sd"])
-    spread = "one seed" if seeds == 1 else f"SD {sd:.2g} over {seeds} seeds"
+    spread = "one seed" if seeds == 1 else f"SD {sd_text(sd)} over {seeds} seeds"
     return f"{comparison.part} perplexity {float(best[column]):.5g}, {spread}"
 
 
