@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kd.cache import RESOURCE_ERRNOS
-from kd.config import Config
+from kd.config import Config, CorpusConfig
 from kd.errors import ResourceError
 from kd.plan import make_plan
 from kd.runs import Run
@@ -45,15 +45,25 @@ def do_run(config: Config, files: dict[str, str]) -> float:
 
 
 def _announce(run: Run, result: dict[str, Any]) -> None:
-    teacher, test = result["teacher_val_ppl"], result["test_ppl"]
-    log.info(
-        "Validation perplexity %.2f%s%s",
-        result["val_ppl"],
-        "" if test is None else f", test {test:.2f}",
-        "" if teacher is None else f" (teacher, validation: {teacher:.2f})",
-    )
+    for line in (_perplexities(result),) if "val_ppl" in result else _measures(result):
+        log.info("%s", line)
     log.info("Run: %s", run.directory)
     log.info('Try it: python -m kd.generate %s "prompt"', run.directory)
+
+
+def _perplexities(result: dict[str, Any]) -> str:
+    teacher, test = result["teacher_val_ppl"], result["test_ppl"]
+    text = f"Validation perplexity {result['val_ppl']:.2f}"
+    text += "" if test is None else f", test {test:.2f}"
+    return text if teacher is None else f"{text} (teacher, validation: {teacher:.2f})"
+
+
+def _measures(result: dict[str, Any]) -> Iterator[str]:
+    for prefix, part in (("val_", "Validation"), ("test_", "Test")):
+        known = {name: value for name, value in result.items() if name.startswith(prefix) and value is not None}
+        values = (f"{name.removeprefix(prefix).replace('_', ' ')} {value:.4f}" for name, value in known.items())
+        if known:
+            yield f"{part}: {', '.join(values)}"
 
 
 @contextmanager
@@ -71,7 +81,13 @@ def _resources_named(config: Config) -> Iterator[None]:
 
 def _out_of_memory(config: Config, error: Exception) -> str:
     return (
-        f"Out of memory with train.batch_size={config.train.batch_size} and data.seq_len={config.data.seq_len} "
+        f"Out of memory with train.batch_size={config.train.batch_size} and {_longest(config)} "
         f"({str(error).splitlines()[0] if str(error) else 'no details'}). Lower train.batch_size and raise "
         "train.gradient_accumulation_steps to match: the result is the same."
     )
+
+
+def _longest(config: Config) -> str:
+    if isinstance(config.data, CorpusConfig):
+        return f"data.seq_len={config.data.seq_len}"
+    return f"model.max_seq_len={config.model.max_seq_len}"

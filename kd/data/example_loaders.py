@@ -1,15 +1,35 @@
 """Loaders of encoded examples; their order is a function of seed and epoch, as that of packed blocks is."""
 
+import logging
 from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from kd.data.encoding import EncodedExamples
 from kd.data.loaders import BatchOrder, PositionedLoader
 from kd.errors import DataError
 
+log = logging.getLogger("kd")
+
 D = TypeVar("D", bound=EncodedExamples)
+Positions = npt.NDArray[np.int_]
 
 
-def example_train_loader(dataset: D, batch_size: int, seed: int, num_workers: int = 0) -> PositionedLoader[D]:
+class _ChosenOrder(BatchOrder):
+    """The batches of an epoch over some examples of a data set."""
+
+    def __init__(self, positions: Positions, batch_size: int, seed: int, unit: int) -> None:
+        super().__init__(len(positions), batch_size, seed, unit)
+        self._positions = positions
+
+    def _order(self) -> Positions:
+        return self._positions[super()._order()]
+
+
+def example_train_loader(
+    dataset: D, batch_size: int, seed: int, num_workers: int = 0, unit: int = 1
+) -> PositionedLoader[D]:
     """Return a loader that shuffles by seed and epoch and leaves out an incomplete last batch.
 
     Args:
@@ -17,16 +37,31 @@ def example_train_loader(dataset: D, batch_size: int, seed: int, num_workers: in
         batch_size: Examples per batch.
         seed: In [0, 2^32).
         num_workers: Loading processes; 0: this one.
+        unit: So many examples belong together and are shuffled as one: those with the ids 0 to unit - 1, the next ones,
+            and so on. They are in one batch if `batch_size` is a multiple of `unit`, else at least in successive ones.
+            Where one was left out when they were encoded, the others of its unit are not trained on either.
 
     Raises:
         DataError: if there are fewer examples than one batch takes.
     """
-    if len(dataset) < batch_size:
+    positions = _whole_units(dataset.example_ids, unit)
+    outcome = dataset.outcome.describe()
+    if len(positions) < len(dataset):
+        alone = f"{len(dataset) - len(positions)} of these are not trained on, as what belongs to them was left out"
+        outcome += f"; {alone}"
+        log.info("Train: %s", alone)
+    if len(positions) < batch_size:
         raise DataError(
-            f"There are {len(dataset)} training examples ({dataset.outcome.describe()}), and one batch takes "
+            f"There are {len(positions)} training examples ({outcome}), and one batch takes "
             f"train.batch_size={batch_size}. Lower train.batch_size, or give more examples."
         )
-    return PositionedLoader(dataset, BatchOrder(len(dataset), batch_size, seed), num_workers)
+    return PositionedLoader(dataset, _ChosenOrder(positions, batch_size, seed, unit), num_workers)
+
+
+def _whole_units(example_ids: Positions, unit: int) -> Positions:
+    """Return the positions of the examples of whose unit none is missing."""
+    _, units, sizes = np.unique(example_ids // unit, return_inverse=True, return_counts=True)
+    return np.flatnonzero(sizes[units] == unit)
 
 
 def example_eval_loader(dataset: D, batch_size: int, num_workers: int = 0) -> PositionedLoader[D]:

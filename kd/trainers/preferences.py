@@ -30,6 +30,9 @@ class PreferenceTrainer(BaseTrainer[C]):
 
     Batches hold `prompt_`, `chosen_` and `rejected_` x `input_ids` and `attention_mask` (B, L of each), padded on
     either side; answers come without the prompt, which the trainer puts before them.
+
+    The accuracy is the share of pairs whose chosen answer has the larger reward. A tie counts one half, as a guess
+    would: where policy and reference are the same, before training, it is 0.5.
     """
 
     loss_terms: tuple[str, ...] = ("reward_margin", "reward_accuracy")
@@ -61,12 +64,17 @@ class PreferenceTrainer(BaseTrainer[C]):
     def _reward_terms(self, rewards: Tensor) -> Terms:
         """Return the mean margin and accuracy of rewards (B, 2)."""
         margin = (rewards[:, 0] - rewards[:, 1]).detach()
-        return {"reward_margin": margin.mean(), "reward_accuracy": (margin > 0).float().mean()}
+        return {"reward_margin": margin.mean(), "reward_accuracy": _won(margin).mean()}
 
     def _pair_scores(self, losses: Tensor, rewards: Tensor) -> ExampleScores:
         margin = rewards[:, 0] - rewards[:, 1]
-        columns = {"loss": losses, "reward_margin": margin, "reward_accuracy": margin > 0}
+        columns = {"loss": losses, "reward_margin": margin, "reward_accuracy": _won(margin)}
         return ExampleScores({name: column.double().cpu() for name, column in columns.items()})
+
+
+def _won(margin: Tensor) -> Tensor:
+    """Return 1 where a margin is above 0, 0 where it is below, and one half where it is 0."""
+    return (margin.sign() + 1) / 2
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:

@@ -19,6 +19,7 @@ from kd.data import (
     read_corpus,
     split_examples,
 )
+from kd.data.embedded.preferences import TWINS
 from kd.errors import ConfigError, DataError
 
 from .conftest import MakeCorpus
@@ -195,6 +196,21 @@ def test_every_text_is_chosen_once_and_rejected_once(instructions: ExampleSet[An
         assert sum(difference <= 5 for difference in differences) > 0.8 * len(pairs)
 
 
+def test_twins_lie_next_to_each_other_in_a_shuffled_order(instructions: ExampleSet[AnswerExample]) -> None:
+    preferences = preference_examples(instructions)
+    assert preference_examples(instructions).parts == preferences.parts
+    for part, pairs in preferences.parts.items():
+        assert preferences.first_id(part) % TWINS == 0
+        for one, other in zip(pairs[::TWINS], pairs[1::TWINS], strict=True):
+            assert (one.chosen, one.rejected) == (other.rejected, other.chosen)
+    answers = [(one.chosen, one.rejected) for one in preferences.parts["train"][::TWINS]]
+    half = len(answers) // 2
+    first, second = (sum(len(chosen) for chosen, _ in part) for part in (answers[:half], answers[-half:]))
+    assert first == pytest.approx(second, rel=0.3)
+    # Twins were found by length, and equal lengths in the order of the alphabet: it shows in neither.
+    assert 0.35 < sum((len(one), one) < (len(other), other) for one, other in answers) / len(answers) < 0.65
+
+
 def test_equal_responses_make_no_pair() -> None:
     examples = [AnswerExample(str(i), "the same") for i in range(20)]
     with pytest.raises(DataError, match="1 different response"):
@@ -204,6 +220,11 @@ def test_equal_responses_make_no_pair() -> None:
 # --- arithmetic --------------------------------------------------------------------------------------------------
 
 
+def _unspaced(text: str) -> list[str]:
+    """Return the numbers of an addition, whose digits stand apart."""
+    return [number.replace(" ", "") for number in text.removeprefix("Sum: ").removesuffix(" =").split(" + ")]
+
+
 @pytest.mark.parametrize(
     ("digits", "num_pairs", "pairs"), [(1, None, 55), (2, None, 5050), (2, 300, 300), (3, 300, 300), (9, 300, 300)]
 )
@@ -211,9 +232,11 @@ def test_additions_are_right_and_no_pair_is_in_two_parts(digits: int, num_pairs:
     parts = arithmetic_prompts(digits, num_pairs, 0.1, 0.1).parts
     found: dict[str, set[frozenset[int]]] = {}
     for part, examples in parts.items():
-        operands = [[int(word) for word in example.prompt.split() if word.isdigit()] for example in examples]
-        assert all(example.prompt == f"{a} + {b} =" for example, (a, b) in zip(examples, operands, strict=True))
-        assert all(example.answer == str(a + b) for example, (a, b) in zip(examples, operands, strict=True))
+        operands = [[int(number) for number in _unspaced(example.prompt)] for example in examples]
+        assert all(
+            _unspaced(example.answer) == [str(a + b)] for example, (a, b) in zip(examples, operands, strict=True)
+        )
+        assert all(set(map(len, example.answer.split())) == {1} for example in examples)
         assert all(max(a, b) < 10**digits for a, b in operands)
         assert len(set(map(tuple, operands))) == len(operands)
         assert {(b, a) for a, b in operands} == {(a, b) for a, b in operands}
