@@ -49,7 +49,9 @@ def open_example_loaders(
     held_out = [encoded(part, data.max_eval_examples) for part in list(examples.parts)[1:]]
     validation, *test = (example_eval_loader(part, size, data.num_workers) for part in held_out)
     unit = TWINS if isinstance(data, PreferencesDataConfig) else 1
-    train = example_train_loader(training, size, config.seed, data.num_workers, unit)
+    # Prompts of GRPO are short, and padding is cheap beside sampling.
+    by_length = not isinstance(config.train, GRPOConfig)
+    train = example_train_loader(training, size, config.seed, data.num_workers, unit=unit, by_length=by_length)
     return train, validation, test[0] if test else None
 
 

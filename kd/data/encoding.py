@@ -104,6 +104,11 @@ class EncodedExamples(Dataset[dict[str, Tensor]], ABC):
     def prompt(self, position: int) -> Ids:
         """Return the token ids of one example's prompt, (length,)."""
 
+    @property
+    @abstractmethod
+    def lengths(self) -> Ids:
+        """Tokens of each example, of its longer answer where there are two, (len,)."""
+
     @abstractmethod
     def _batch(self, index: Indexes) -> dict[str, Tensor]:
         """Return the padded tensors of the examples at these positions."""
@@ -151,6 +156,11 @@ class EncodedAnswers(EncodedExamples):
         """Return the token ids of one example's prompt, (length,)."""
         return self._rows.row(position)[: self._prompt_lengths[position]]
 
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each prompt with its response, (len,)."""
+        return self._rows.lengths
+
     def _batch(self, index: Indexes) -> dict[str, Tensor]:
         rows = [self._rows.row(position) for position in index]
         input_ids, mask = self._padded([row[:-1] for row in rows], self.pad_id)
@@ -191,6 +201,12 @@ class EncodedPreferences(EncodedExamples):
         """Return the token ids of one example's prompt, (length,)."""
         return self._rows["prompt"].row(position)
 
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each prompt with its longer answer, (len,)."""
+        answers = np.maximum(self._rows["chosen"].lengths, self._rows["rejected"].lengths)
+        return np.asarray(self._rows["prompt"].lengths + answers)
+
     def _batch(self, index: Indexes) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
         for name, rows in self._rows.items():
@@ -224,6 +240,11 @@ class EncodedPrompts(EncodedExamples):
     def prompt(self, position: int) -> Ids:
         """Return the token ids of one example's prompt, (length,)."""
         return self._prompts.row(position)
+
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each prompt, (len,)."""
+        return self._prompts.lengths
 
     def _batch(self, index: Indexes) -> dict[str, Tensor]:
         ids, mask = self._padded([self._prompts.row(position) for position in index], self.pad_id, left=True)

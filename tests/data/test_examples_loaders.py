@@ -152,3 +152,38 @@ def test_less_than_one_batch_of_whole_units_is_refused(twins: EncodedPreferences
     assert len(example_train_loader(twins, 36, 0)) == 1
     with pytest.raises(DataError, match=r"34 training examples \(36 of 40 .*; 2 of these are not trained on"):
         example_train_loader(twins, 36, 0, unit=2)
+
+
+# --- similar lengths in one batch ----------------------------------------------------------------------------------
+
+
+def test_batches_of_similar_lengths_hold_the_same_examples_with_less_padding(examples: EncodedAnswers) -> None:
+    def padded(by_length: bool) -> int:
+        loader = example_train_loader(examples, 8, 3, by_length=by_length)
+        batches = list(loader)
+        assert len(batches) == len(loader) == 6
+        ids = [number for batch in batches for number in batch["example_id"].tolist()]
+        assert len(set(ids)) == 48
+        return sum(batch["attention_mask"].numel() for batch in batches)
+
+    assert padded(by_length=True) < padded(by_length=False)
+
+
+def test_the_order_by_length_depends_on_seed_and_epoch_and_can_be_returned_to(examples: EncodedAnswers) -> None:
+    def epoch(seed: int, number: int, start: int = 0) -> list[list[int]]:
+        loader = example_train_loader(examples, 8, seed, by_length=True)
+        loader.set_position(number, start)
+        return _ids(loader)
+
+    orders = [epoch(seed, number) for seed in range(2) for number in range(2)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+    lengths = [[examples.lengths[number] for number in batch] for batch in epoch(0, 0)]
+    assert [max(batch) for batch in lengths] != sorted(max(batch) for batch in lengths)
+    assert all(epoch(1, 2, start) == epoch(1, 2)[start:] for start in range(7))
+
+
+def test_twins_stay_together_among_similar_lengths(twins: EncodedPreferences) -> None:
+    batches = _ids(example_train_loader(twins, 4, 0, unit=2, by_length=True))
+    assert all({number ^ 1 for number in batch} == set(batch) for batch in batches)
+    odd = example_train_loader(twins, 5, 0, unit=2, by_length=True)
+    assert _ids(odd) == _ids(example_train_loader(twins, 5, 0, unit=2))
