@@ -33,6 +33,8 @@ WITH_SPREAD = ("val_loss", "val_ppl", "test_loss", "test_ppl")
 MEANS = ("val_kl", "val_agreement", "val_bits_per_byte", "teacher_val_ppl", "clip_rate")
 COSTS = ("tokens", "flops", "wall_seconds", "parameters")
 EQUAL = 1e-9
+SMALLEST_GAP = 0.02
+"""Nats per token, 2 % of perplexity: no share is given of a smaller gap between baseline and teacher."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def _gap_closed(settings: pd.DataFrame, row: int, baseline: int | None) -> float
         return math.nan
     losses = settings["val_loss"].to_numpy(dtype=float)
     gap = losses[baseline] - math.log(known[0])
-    return float((losses[baseline] - losses[row]) / gap) if gap > 0 else math.nan
+    return float((losses[baseline] - losses[row]) / gap) if gap >= SMALLEST_GAP else math.nan
 
 
 def compare_pair(runs: Runs, first: str | Path, second: str | Path, level: float = LEVEL) -> PairComparison:

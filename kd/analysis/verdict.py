@@ -95,7 +95,8 @@ def _against_baseline(comparison: Comparison, level: float) -> list[str]:
     interval = "no interval" if math.isnan(low) else f"{level:.0%} interval {low:+.4f} to {high:+.4f}"
     sentences = [f"Against the baseline: {estimate:+.4f} nats per token ({interval}; {comparison.part} part)."]
     if math.isnan(gap):
-        return [*sentences, "The share of the gap to the teacher is not known: no teacher's loss below the baseline's."]
+        reason = "no teacher's loss is known that is clearly below the baseline's"
+        return [*sentences, f"Which share of the gap to the teacher it closes is not said: {reason}."]
     return [
         *sentences,
         f"It closes {gap:.0%} of the gap between baseline and teacher (cross-entropy, validation part).",
