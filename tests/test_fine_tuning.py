@@ -34,6 +34,9 @@ MEASURES = {
 }
 
 
+USUAL = ["sft", "grpo", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("dpo", "orpo"))]
+
+
 def command(stage: str, init_from: Path | str, *overrides: str) -> tuple[str, ...]:
     """Return the command line of a stage, in the experiment of its name."""
     sizes = ("debug=fast_examples", f"name={stage}", *MODEL, *STEPS)
@@ -80,7 +83,7 @@ def check_files(stage: str, directory: Path) -> None:
     assert (directory / "samples.txt").read_text().count("===") == 6
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", USUAL)
 def test_a_stage_goes_on_from_an_earlier_run(stage: str, pretrained: Path) -> None:
     outcome = finish(*command(stage, pretrained))
     directory = only_run(stage)
@@ -107,7 +110,7 @@ def test_the_path_from_text_to_rewards_and_distillation_after_it(pretrained: Pat
     assert len({record["identity"]["tokenizer"] for record in chain}) == 1
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", USUAL)
 def test_another_setting_of_data_or_trainer_is_another_run(stage: str, pretrained: Path) -> None:
     def directory(*overrides: str) -> Path:
         return make_plan(configuration(*command(stage, pretrained, *overrides))).identity.directory
@@ -140,6 +143,7 @@ def test_a_stage_begins_with_the_loss_that_the_last_one_ended_with(pretrained: P
     assert trainer.evaluate()["val_loss"] == pytest.approx(ended, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_step_has_the_loss_of_the_earlier_student(pretrained: Path) -> None:
     finish(*command("sft", pretrained))
     plan = make_plan(configuration(*command("sft", pretrained)))
@@ -171,6 +175,7 @@ def test_own_examples_are_read_and_bad_ones_named(pretrained: Path, tmp_path: Pa
     assert "Traceback" not in outcome.errors
 
 
+@pytest.mark.slow
 def test_prompts_that_are_all_too_long_are_refused(pretrained: Path, tmp_path: Path) -> None:
     long = " ".join(map(str, range(400)))
     rows = [{"prompt": f"{n}: {long}", "answer": "1"} for n in range(20)]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -16,6 +16,8 @@ from kd.linear_distillation import TokenScores
 from kd.losses import IGNORE_INDEX, token_agreement
 
 Table = npt.NDArray[Any]
+NORMAL_95 = 1.959964
+"""The quantile of the normal distribution that two-sided 95 % intervals have."""
 
 
 class Scores(Protocol):
@@ -52,6 +54,8 @@ class ExampleScores:
     """Values of each example by name, `loss` among them. Each is a 1-D float64 tensor on the CPU."""
 
     columns: dict[str, Tensor]
+    shares: tuple[str, ...] = ()
+    """Columns of values in [0, 1] whose mean is a share of the examples."""
     unit: ClassVar[str] = "examples"
 
     def __len__(self) -> int:
@@ -67,15 +71,30 @@ class ExampleScores:
 
     def first(self, count: int) -> "ExampleScores":
         """Return the scores of the first `count` examples."""
-        return ExampleScores({name: column[:count] for name, column in self.columns.items()})
+        return replace(self, columns={name: column[:count] for name, column in self.columns.items()})
 
     def joined(self, parts: Sequence["ExampleScores"]) -> "ExampleScores":
         """Return the scores of parts, one after the other."""
-        return ExampleScores({name: torch.cat([part.columns[name] for part in parts]) for name in self.columns})
+        return replace(self, columns={name: torch.cat([part.columns[name] for part in parts]) for name in self.columns})
 
     def metrics(self) -> dict[str, float | None]:
-        """Return each column's mean over the examples under `val_` and its name."""
-        return {f"val_{name}": float(column.mean()) for name, column in self.columns.items()}
+        """Return each column's mean over the examples under `val_` and its name; of a share also `_low`, its bound."""
+        metrics: dict[str, float | None] = {}
+        for name, column in self.columns.items():
+            metrics[f"val_{name}"] = mean = float(column.mean())
+            if name in self.shares:
+                metrics[f"val_{name}_low"] = lower_bound(mean, len(column))
+        return metrics
+
+
+def lower_bound(share: float, count: int) -> float:
+    """Return the lower end of the 95 % interval of a share of `count` independent examples.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    z = NORMAL_95
+    spread = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return (share + z * z / (2 * count) - spread) / (1 + z * z / count)
 
 
 @dataclass(frozen=True)

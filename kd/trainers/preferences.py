@@ -69,7 +69,7 @@ class PreferenceTrainer(BaseTrainer[C]):
     def _pair_scores(self, losses: Tensor, rewards: Tensor) -> ExampleScores:
         margin = rewards[:, 0] - rewards[:, 1]
         columns = {"loss": losses, "reward_margin": margin, "reward_accuracy": _won(margin)}
-        return ExampleScores({name: column.double().cpu() for name, column in columns.items()})
+        return ExampleScores({name: column.double().cpu() for name, column in columns.items()}, ("reward_accuracy",))
 
 
 def _won(margin: Tensor) -> Tensor:

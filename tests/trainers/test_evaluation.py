@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from torch import Tensor
 
 from kd.losses import IGNORE_INDEX, token_agreement, token_kl, token_nll
@@ -134,3 +135,12 @@ def test_the_file_of_example_scores_has_a_column_for_each_score(tmp_path: Path) 
     assert table.dtype.names == ("example", "loss", "reward")
     assert table.tolist() == [(7, 0.5, 1.0), (9, 0.25, 0.0)]
     assert scores.metrics() == {"val_loss": 0.375, "val_reward": 0.5}
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (30, 50), (600, 1000)])
+def test_the_lower_bound_of_a_share_is_wilsons(hits: int, count: int) -> None:
+    column = (torch.arange(count) < hits).double()
+    metrics = ExampleScores({"loss": column, "reward_accuracy": column}, ("reward_accuracy",)).metrics()
+    expected = binomtest(hits, count).proportion_ci(method="wilson").low
+    assert metrics["val_reward_accuracy_low"] == pytest.approx(expected, abs=1e-6)
+    assert "val_loss_low" not in metrics
