@@ -5,6 +5,8 @@ checkpoint-300/
   state.safetensors      the tensors of everything else (optimizer moments, random-number states)
   state.json             the rest of it, with references to those tensors
   manifest.json          size and SHA-256 of each file, written last
+
+Of a model with adapters only these are stored, as adapters.safetensors.
 """
 
 from pathlib import Path
@@ -15,13 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kd.checkpoint_files import MODEL_FILE
+from kd.checkpoint_files import ADAPTER_FILE, MODEL_FILE
 from kd.errors import IntegrityError
 from kd.files import check_directory, publish_directory, read_json, write_json
 
 FORMAT_VERSION = 1
 STATE_TENSORS = "state.safetensors"
 STATE_FILE = "state.json"
+ADAPTER_MARKS = (".lora_A.", ".lora_B.")
+"""What the names of adapters' weights have in them."""
 
 
 def save_checkpoint(directory: Path, model: nn.Module, state: dict[str, Any]) -> None:
@@ -35,7 +39,7 @@ def save_checkpoint(directory: Path, model: nn.Module, state: dict[str, Any]) ->
     tensors: dict[str, Tensor] = {}
     packed = _pack(state, "", tensors)
     with publish_directory(directory) as work:
-        save_model_file(work / MODEL_FILE, model)
+        save_model_file(work / file_of_weights(model), model)
         save_file(tensors, work / STATE_TENSORS)
         write_json(work / STATE_FILE, {"format_version": FORMAT_VERSION, "state": packed})
 
@@ -65,11 +69,21 @@ def load_weights(directory: Path, model: nn.Module) -> None:
         IntegrityError: if the file is missing, altered, or holds another architecture's weights.
     """
     check_directory(directory, digests=True)
-    load_model_file(directory / MODEL_FILE, model)
+    load_model_file(directory / file_of_weights(model), model)
+
+
+def holds_adapters(model: nn.Module) -> bool:
+    """Return whether a model has adapters: then they alone train, and are stored."""
+    return any(_is_adapter(name) for name, _ in model.named_parameters())
+
+
+def file_of_weights(model: nn.Module) -> str:
+    """Return the name of the file of a checkpoint that holds a model's weights."""
+    return ADAPTER_FILE if holds_adapters(model) else MODEL_FILE
 
 
 def save_model_file(path: Path, model: nn.Module) -> None:
-    """Write a model's weights as one safetensors file, each shared tensor once."""
+    """Write a model's weights, or its adapters, as one safetensors file, each shared tensor once."""
     save_file(_unshared(model), path, metadata={"format": "pt"})
 
 
@@ -97,7 +111,7 @@ def load_model_file(path: Path, model: nn.Module) -> None:
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """Name to tensor, leaving out every name but the first of a shared tensor."""
+    """Name to tensor, leaving out every name but the first of a shared tensor; adapters alone where there are any."""
     seen: set[tuple[int, torch.Size]] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -106,7 +120,11 @@ def _unshared(model: nn.Module) -> dict[str, Tensor]:
             continue
         seen.add(key)
         tensors[name] = tensor.detach().contiguous()
-    return tensors
+    return {name: tensors[name] for name in tensors if _is_adapter(name)} or tensors
+
+
+def _is_adapter(name: str) -> bool:
+    return any(mark in name for mark in ADAPTER_MARKS)
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -11,6 +11,10 @@ from kd.files import check_directory, read_json
 log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapters.safetensors"
+"""In place of the model's, where adapters train: they alone."""
+MERGED = "merged"
+"""Folder of a finished run with adapters: the model's file, with what they have learned in its weights."""
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
@@ -44,17 +48,30 @@ def _step_of(path: Path) -> re.Match[str] | None:
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that a path means: a run's last one, or the checkpoint itself.
 
+    Of a run with adapters these are the merged weights.
+
     Raises:
-        DataError: if there is none.
+        DataError: if there is none, or none but of adapters.
         IntegrityError: if all of a run's checkpoints are damaged.
     """
-    if (path / MODEL_FILE).is_file():
-        return path
+    for directory in (path, path / MERGED):
+        if (directory / MODEL_FILE).is_file():
+            return directory
+    _refuse_adapters(path)
     # The folder's name is the run's train.checkpoint_dir.
     for folder in sorted({found.parent for found in path.glob("**/checkpoint-*/")}):
         if (latest := latest_checkpoint(folder)) is not None:
+            _refuse_adapters(latest)
             return latest
     raise DataError(f"{path} holds no checkpoint: give a run's directory, like outputs/<name>/<run>.")
+
+
+def _refuse_adapters(checkpoint: Path) -> None:
+    if (checkpoint / ADAPTER_FILE).is_file():
+        raise DataError(
+            f"{checkpoint} holds adapters alone, without the weights that they stand beside: finish the run by the "
+            f"command that began it, and give its directory, which then has whole weights in {MERGED}/."
+        )
 
 
 def run_record(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from kd.config import (
     MISSING,
+    AdapterConfig,
     ArithmeticDataConfig,
     Config,
     DPOConfig,
@@ -25,6 +26,7 @@ from kd.config import (
     HubTeacherConfig,
     InstructionsDataConfig,
     LocalTeacherConfig,
+    LoRAConfig,
     ORPOConfig,
     PreferencesDataConfig,
     PretrainConfig,
@@ -55,6 +57,8 @@ SCHEMAS: dict[str, type] = {
     "teacher_embedded": EmbeddedTeacherConfig,
     "teacher_hub": HubTeacherConfig,
     "teacher_local": LocalTeacherConfig,
+    "adapter_none": AdapterConfig,
+    "adapter_lora": LoRAConfig,
 }
 """Name under which a YAML file in conf/ lists its class (`/schema/<name>@_here_`)."""
 
@@ -95,7 +99,7 @@ def register_schemas() -> None:
         _make_writable(node)
         if cls is Config:
             # Their class comes from the chosen group option; a default instance would forbid its siblings.
-            for group in ("train", "data", "teacher"):
+            for group in ("train", "data", "teacher", "adapter"):
                 node[group] = MISSING
         store.store(group="schema", name=name, node=node, package="_global_" if cls is Config else "_group_")
     store.store(group="hydra/sweeper", name="kd", node=SweeperConfig, provider="kd")

@@ -29,6 +29,7 @@ from kd.data import (
     read_corpus,
 )
 from kd.errors import ConfigError, DataError
+from kd.extras import require_extra
 from kd.files import digest_of, file_digest
 from kd.runs import Fingerprints, RunIdentity, check_outputs, run_identity
 from kd.start import Start, find_start
@@ -63,6 +64,7 @@ def make_plan(config: Config) -> Plan:
         KDError: of the kind that fits, if anything is missing or contradicts; nothing was made then.
     """
     check_outputs(config.name)
+    _check_adapter(config)
     teacher = _find_pretrained_teacher(config)
     start = None if config.init_from is None else find_start(config.init_from, config.model)
     data = _read_data(config)
@@ -75,6 +77,12 @@ def make_plan(config: Config) -> Plan:
     )
     identity = run_identity(config, fingerprints)
     return Plan(config, data, tokenizer, teacher, fingerprints, start, identity)
+
+
+def _check_adapter(config: Config) -> None:
+    require_extra("adapter=lora", config.adapter.extra)
+    if config.adapter.extra is not None and config.init_from is None:
+        log.warning("adapter=lora without init_from: the weights that the adapters stand beside are random, and frozen")
 
 
 # --- teacher -----------------------------------------------------------------------------------------------------

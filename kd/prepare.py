@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from kd.adapters import add_adapters
 from kd.cache import all_or_nothing
 from kd.checkpoint import load_weights
-from kd.config import Config, CorpusConfig
+from kd.config import Config, CorpusConfig, LoRAConfig
 from kd.data import (
     BlockLoader,
     Corpus,
@@ -78,6 +79,8 @@ def _new_student(plan: Plan) -> StudentModel:
     student = StudentModel(plan.config.model)
     if plan.start is not None:
         load_weights(plan.start.checkpoint, student)
+    if isinstance(plan.config.adapter, LoRAConfig):
+        add_adapters(student, plan.config.adapter)
     return student
 
 

@@ -39,7 +39,7 @@ RESULT, FAILURE, ENVIRONMENT, LOCK = "result.json", "failure.json", "environment
 PATIENCE_SECONDS = 0.3
 """How long a lock is asked for before its run counts as held: whoever reads a state holds it for an instant."""
 SCHEMA_VERSION = 1
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core")
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "peft", "torchao")
 COLUMNS = (
     "train_step",
     "train_loss",
@@ -106,6 +106,7 @@ def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
             del train["temperature"]
     elif isinstance(config.train, DPOConfig | ORPOConfig):
         settings += f"-beta{config.train.beta:g}"
+    settings += config.adapter.label
     content = {
         "schema": SCHEMA_VERSION,
         "trainer": config.train.trainer,
@@ -118,6 +119,8 @@ def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
         "teacher": teacher,
         "init_from": fingerprints.init_from,
     }
+    if config.adapter.label:  # only then, so that runs from before there were adapters are still known
+        content["adapter"] = asdict(config.adapter)
     return RunIdentity(config.name, f"{settings}-seed{config.seed}", content)
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kd"
 FLOORS = (
     {"errors"},  # the others of floor 0 raise them
-    {"__init__", "config", "files", "stop", "gguf_header", "sweep_share"},
+    {"__init__", "config", "extras", "files", "stop", "gguf_header", "sweep_share"},
     {"checkpoint_files"},
     {
         "model",
@@ -28,7 +28,7 @@ FLOORS = (
         "rewards",
     },
     {"labelled"},
-    {"linear_distillation", "token_logprobs", "heads", "data", "analysis"},
+    {"linear_distillation", "token_logprobs", "heads", "adapters", "data", "analysis"},
     {"teacher_files"},
     {"teacher", "generation", "hf_format", "student"},
     {"trainers", "teacher_cache", "start", "samples"},

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.composition import conf_dir, explain, register_schemas, to_config
 from kd.config import (
+    AdapterConfig,
     ArithmeticDataConfig,
     Config,
     DPOConfig,
@@ -23,6 +24,7 @@ from kd.config import (
     HubTeacherConfig,
     InstructionsDataConfig,
     LocalTeacherConfig,
+    LoRAConfig,
     ModelConfig,
     ORPOConfig,
     PreferencesDataConfig,
@@ -39,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 HELP = (CONF / "hydra/help/kd.yaml").read_text()
-GROUPS = ("model", "train", "data", "teacher")
+GROUPS = ("model", "train", "data", "teacher", "adapter")
 OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2]
 LAUNCHERS = ("submitit", "slurm")
 CLASSES: dict[tuple[str, str], type] = {
@@ -63,6 +65,8 @@ CLASSES: dict[tuple[str, str], type] = {
     ("teacher", "qwen2_5_0_5b"): HubTeacherConfig,
     ("teacher", "local"): LocalTeacherConfig,
     ("teacher", "none"): TeacherConfig,
+    ("adapter", "none"): AdapterConfig,
+    ("adapter", "lora"): LoRAConfig,
 }
 CORPUS_COMPANIONS = {
     # A pretrained teacher's vocabulary is known only later, so any model goes with one.

@@ -5,6 +5,7 @@ allowed range. Which class stands at `train`, `data` and `teacher` says which tr
 the run uses, so that no run carries another's knobs.
 """
 
+from kd.config.adapter import AdapterConfig, LoRAConfig
 from kd.config.data import MISSING, CorpusConfig, DataConfig, HubDataConfig, StdlibDataConfig, TextDataConfig
 from kd.config.examples import (
     ArithmeticDataConfig,
@@ -33,6 +34,7 @@ from kd.config.train import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "ArithmeticDataConfig",
     "Config",
     "CorpusConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "HubDataConfig",
     "HubTeacherConfig",
     "InstructionsDataConfig",
+    "LoRAConfig",
     "LocalTeacherConfig",
     "MISSING",
     "ModelConfig",

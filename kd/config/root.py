@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from kd.config.adapter import AdapterConfig, LoRAConfig
 from kd.config.checks import require
 from kd.config.data import CorpusConfig, DataConfig, HubDataConfig
 from kd.config.model import ModelConfig
@@ -31,6 +32,7 @@ class Config:
     train: TrainerConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=HubDataConfig)
     teacher: TeacherConfig = field(default_factory=HubTeacherConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     name: str = "default"
     """Of the experiment: runs go to outputs/<name>/."""
     seed: int = 0
@@ -55,6 +57,8 @@ class Config:
         device_ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         require(device_ok, "device", self.device, "use auto, cpu, cuda or cuda:N")
         require(self.tracker == "none", "tracker", self.tracker, "only none is supported")
+        if isinstance(self.adapter, LoRAConfig):
+            self.adapter.check_fits(self.model)
         self._check_data()
         if isinstance(self.data, CorpusConfig):
             self._check_teacher(self.data)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd.adapters import as_before_adapters
+from kd.checkpoint import holds_adapters
 from kd.heads import NoLinearHeadError, SplitModel, logits_of
 from kd.losses import IGNORE_INDEX
 from kd.token_logprobs import TokenLogprobs, linear_token_logprobs, token_logprobs
@@ -78,6 +80,25 @@ class AnswerScorer(nn.Module):
         head = self._split.head
         hidden = self._split.hidden(input_ids)
         return linear_token_logprobs(hidden, head.weight, labels, bias=head.bias, with_entropy=with_entropy)
+
+
+class AdapterFreeScorer(AnswerScorer):
+    """As `AnswerScorer`, of the model as it was before it got adapters, without dropout."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, with_entropy: bool = False) -> TokenLogprobs:
+        """Return what `AnswerScorer.forward` does."""
+        with as_before_adapters(self.model):
+            return super().forward(input_ids, labels, with_entropy)
+
+
+def reference_scorer(model: nn.Module, ref_model: nn.Module | None, device: torch.device) -> AnswerScorer:
+    """Return the log-probabilities of the reference, as of `frozen_reference`, to be asked for without gradients.
+
+    Where adapters train and no reference is given, the weights beside them are the reference: no copy is made.
+    """
+    if ref_model is None and holds_adapters(model):
+        return AdapterFreeScorer(model)
+    return AnswerScorer(frozen_reference(model, ref_model).to(device))
 
 
 def frozen_reference(model: nn.Module, ref_model: nn.Module | None) -> nn.Module:

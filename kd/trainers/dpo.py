@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kd.config import DPOConfig
 from kd.losses import IGNORE_INDEX
 from kd.preference_losses import dpo_loss
-from kd.trainers.answers import AnswerScorer, frozen_reference
+from kd.trainers.answers import reference_scorer
 from kd.trainers.base import Terms
 from kd.trainers.evaluation import ExampleScores
 from kd.trainers.preferences import PairLogprobs, PreferenceTrainer
@@ -35,7 +35,8 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
     The reference scores each pair once: its log-probabilities are kept, some hundred bytes a pair.
 
     Args:
-        ref_model: The reference, put into eval mode and frozen; a copy of the model as it is now if None.
+        ref_model: The reference, put into eval mode and frozen; if None a copy of the model as it is now or, where
+            adapters train, the weights beside them.
         model, optimizer, train_loader, val_loader, lr_scheduler, config, device, run_dir: As for `BaseTrainer`.
     """
 
@@ -64,7 +65,7 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
             device=device,
             run_dir=run_dir,
         )
-        self._reference = AnswerScorer(frozen_reference(model, ref_model).to(self.device))
+        self._reference = reference_scorer(model, ref_model, self.device)
         self._known: dict[int, float] = {}
 
     def _forward(self, batch: Batch) -> _Outputs:

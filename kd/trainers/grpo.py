@@ -17,7 +17,7 @@ from kd.generation import GenerationConfig, TextGenerator
 from kd.losses import IGNORE_INDEX
 from kd.policy_losses import GRPOTerms, grpo_loss
 from kd.token_logprobs import TokenLogprobs
-from kd.trainers.answers import AnswerScorer, frozen_reference
+from kd.trainers.answers import AnswerScorer, reference_scorer
 from kd.trainers.base import BaseTrainer, Terms
 from kd.trainers.evaluation import ExampleScores
 from kd.trainers.groups import join_rollout, log_terms
@@ -37,8 +37,8 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
     in the first of several optimization epochs. With a single epoch, and no `old_logprobs`, it is 1, dropout or not.
 
     Args:
-        ref_model: The reference of the KL penalty, put into eval mode and frozen; a copy of the model as it is now if
-            None. With `kl_coef=0` there is none.
+        ref_model: The reference of the KL penalty, put into eval mode and frozen; if None a copy of the model as it is
+            now or, where adapters train, the weights beside them. With `kl_coef=0` there is none.
         reward_fn: Rewards responses.
         generator: Samples responses with the trained model, and with no other.
         model, optimizer, train_loader, val_loader, lr_scheduler, config, device, run_dir: As for `BaseTrainer`.
@@ -80,7 +80,7 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
         self.scorer = AnswerScorer(self.model)
         self._reference: AnswerScorer | None = None
         if config.kl_coef > 0:
-            self._reference = AnswerScorer(frozen_reference(model, ref_model).to(self.device))
+            self._reference = reference_scorer(model, ref_model, self.device)
 
     @property
     def optimization_epochs(self) -> int:

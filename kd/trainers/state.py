@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kd.checkpoint import load_state, load_weights, save_checkpoint
+from kd.checkpoint import holds_adapters, load_state, load_weights, save_checkpoint
 from kd.config import TrainerConfig
 from kd.distributed import get_rank, get_world_size, is_distributed
 from kd.files import write_json
@@ -120,10 +120,14 @@ class TrainerState(Generic[C]):
         """Restore what `_get_extra_checkpoint_state` returned."""
 
     def _flops_per_token(self) -> float:
-        """Return the training FLOPs of one token: forward and backward of the trained model (3 forward passes)."""
+        """Return the training FLOPs of one token: forward and backward of the trained model (3 forward passes).
+
+        Weights beside adapters need no gradients of their own (2 forward passes).
+        """
+        passes = 2 if holds_adapters(self.model) else 3
         if isinstance(self.model, StudentModel):
-            return 3 * forward_flops_per_token(self.model.config, self.model.config.max_seq_len)
-        return 6.0 * num_parameters(self.model)
+            return passes * forward_flops_per_token(self.model.config, self.model.config.max_seq_len)
+        return 2.0 * passes * num_parameters(self.model)
 
     def _count_steps(self) -> int:
         if self.train_loader is None:
@@ -222,9 +226,15 @@ class TrainerState(Generic[C]):
         names = ("optimizer", "schedule", "precision", "gradient_checkpointing", "compile", "early_stopping_patience")
         return {name: value for name in names if (value := getattr(self.config, name)) != getattr(usual, name)}
 
+    def _share_that_trains(self) -> dict[str, str]:
+        """Return, for the log, how many weights train, where not all do."""
+        count = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return {} if count == num_parameters(self.model) else {"of which train": f"{count:,}"}
+
     def _announce(self) -> None:
         settings = {
             "parameters": f"{num_parameters(self.model):,}",
+            **self._share_that_trains(),
             "device": self.device,
             "steps": self.total_steps,
             "batch": f"{self.config.batch_size} x {self.config.gradient_accumulation_steps}",

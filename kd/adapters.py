@@ -1,0 +1,102 @@
+"""Low-rank adapters (LoRA) beside a model's linear layers: put there, switched off, and merged into the weights.
+
+Source: Hu et al. 2021, arXiv:2106.09685. Their layers are peft's; the model stays the object and of the class it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import nn
+
+from kd.checkpoint import holds_adapters
+from kd.config import LoRAConfig
+from kd.config.adapter import UNSUITABLE, choose_targets
+from kd.extras import quiet_import, require_extra
+from kd.model import StudentModel
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+
+@runtime_checkable
+class HasEmbeddings(Protocol):
+    """What transformers' causal language models offer."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
+        ...
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the head."""
+        ...
+
+
+def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
+    """Put adapters beside linear layers, in place, and freeze all else. They change nothing until they are trained.
+
+    Call it before an optimizer is made. The first matrices are drawn from torch's global random numbers; the second
+    ones are 0.
+
+    Args:
+        model: A `StudentModel`, or a causal language model of transformers.
+        config: Rank, scale, dropout and targets.
+
+    Raises:
+        ConfigError: if peft is not installed, or if a target is no linear layer of the model's blocks.
+        ValueError: if the model has adapters already.
+    """
+    require_extra("adapter=lora", config.extra)
+    with quiet_import():  # here, because it takes seconds
+        from peft import LoraConfig, inject_adapter_in_model
+
+    if holds_adapters(model):
+        raise ValueError("The model has adapters already: merge_adapters(model) first.")
+    unsuitable = _head_and_embedding(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = choose_targets(config.targets, [name for name in linears if name not in unsuitable], unsuitable)
+    settings = LoraConfig(
+        r=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.dropout, target_modules=targets
+    )
+    inject_adapter_in_model(settings, model)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add what adapters have learned to the weights beside them, in place, and take them out; all trains again."""
+    for name, layer in list(_adapted_layers(model)):
+        layer.merge()
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+    model.__dict__.pop("peft_config", None)  # which would say that there are adapters
+    model.requires_grad_(True)
+
+
+@contextmanager
+def as_before_adapters(model: nn.Module) -> Iterator[None]:
+    """Let a model be what it was before it got adapters, in eval mode, while the block runs."""
+    training = model.training
+    layers = [layer for _, layer in _adapted_layers(model)]
+    model.eval()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        model.train(training)
+
+
+def _adapted_layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer]]":
+    from peft.tuners.lora import LoraLayer
+
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _head_and_embedding(model: nn.Module) -> list[str]:
+    if isinstance(model, StudentModel):
+        return list(UNSUITABLE)
+    if not isinstance(model, HasEmbeddings):
+        return []
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    return [name for name, module in model.named_modules() if module in ends]
