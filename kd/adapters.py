@@ -5,31 +5,18 @@ Source: Hu et al. 2021, arXiv:2106.09685. Their layers are peft's; the model sta
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from kd.checkpoint import holds_adapters
 from kd.config import LoRAConfig
-from kd.config.adapter import UNSUITABLE, choose_targets
+from kd.config.adapter import choose_targets
 from kd.extras import quiet_import, require_extra
-from kd.model import StudentModel
+from kd.heads import head_and_embedding
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
-
-
-@runtime_checkable
-class HasEmbeddings(Protocol):
-    """What transformers' causal language models offer."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding."""
-        ...
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the head."""
-        ...
 
 
 def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
@@ -52,7 +39,7 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
 
     if holds_adapters(model):
         raise ValueError("The model has adapters already: merge_adapters(model) first.")
-    unsuitable = _head_and_embedding(model)
+    unsuitable = head_and_embedding(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = choose_targets(config.targets, [name for name in linears if name not in unsuitable], unsuitable)
     settings = LoraConfig(
@@ -91,12 +78,3 @@ def _adapted_layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer]]":
     from peft.tuners.lora import LoraLayer
 
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
-
-
-def _head_and_embedding(model: nn.Module) -> list[str]:
-    if isinstance(model, StudentModel):
-        return list(UNSUITABLE)
-    if not isinstance(model, HasEmbeddings):
-        return []
-    ends = (model.get_output_embeddings(), model.get_input_embeddings())
-    return [name for name, module in model.named_modules() if module in ends]

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kd.adapters import merge_adapters
-from kd.checkpoint import holds_adapters, save_model_file
-from kd.checkpoint_files import MERGED, MODEL_FILE, latest_checkpoint
-from kd.config import Config, GRPOConfig, TrainingConfig
+from kd.checkpoint_files import latest_checkpoint
+from kd.config import Config, GRPOConfig, IntegerConfig, TrainingConfig
 from kd.data import EncodedPrompts, PackedBlocks
-from kd.files import publish_directory, remove_leftovers
+from kd.files import remove_leftovers
 from kd.generation import TextGenerator
 from kd.plan import Plan
 from kd.prepare import Loader, Parts, build_parts
+from kd.products import merge_into_weights, turn_into_integers
 from kd.rewards import REWARDS
 from kd.runs import Run, describe_environment
 from kd.samples import write_samples
@@ -72,7 +71,9 @@ def _attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> d
             _resume(trainer, plan.config)
             trainer.train()
             _score_test(trainer, parts)
-            _merge_adapters(trainer)
+            merge_into_weights(trainer)
+            if isinstance(plan.config.quantization, IntegerConfig):
+                turn_into_integers(trainer, plan.config.quantization, parts.test_loader)
             _write_samples(run.directory, parts)
             result = _summarise(trainer)
             run.write_result(result)
@@ -157,18 +158,7 @@ def _score_test(trainer: AnyTrainer, parts: Parts) -> None:
         return
     scores = trainer.score(parts.test_loader, with_teacher=False)
     save_scores(scores, trainer.run_dir, "test", _ids(parts.test_loader))
-    trainer.record_test(scores)
-
-
-def _merge_adapters(trainer: AnyTrainer) -> None:
-    """Write the model with what its adapters have learned in its weights; it has none any longer."""
-    if not holds_adapters(trainer.model):
-        return
-    assert trainer.run_dir is not None
-    remove_leftovers(trainer.run_dir)
-    merge_adapters(trainer.model)
-    with publish_directory(trainer.run_dir / MERGED) as folder:
-        save_model_file(folder / MODEL_FILE, trainer.model)
+    trainer.record_part("test", scores)
 
 
 def _ids(loader: Loader) -> "npt.NDArray[np.int64] | None":
@@ -184,7 +174,7 @@ def _write_samples(directory: Path, parts: Parts) -> None:
 
 def _summarise(trainer: AnyTrainer) -> dict[str, Any]:
     history = trainer.history
-    totals = {name: value for name, value in history.totals.items() if name.startswith("test_")}
+    totals = {name: value for name, value in history.totals.items() if name.startswith(("test_", "quantized_"))}
     return {
         "steps": trainer.step,
         **{name: column[-1] for name, column in history.validation.items() if name != "val_step"},

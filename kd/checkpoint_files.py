@@ -15,6 +15,8 @@ ADAPTER_FILE = "adapters.safetensors"
 """In place of the model's, where adapters train: they alone."""
 MERGED = "merged"
 """Folder of a finished run with adapters: the model's file, with what they have learned in its weights."""
+QUANTIZED = "quantized"
+"""Folder of a finished run that trained for integer weights: the model's file with these (`kd.quantization`)."""
 
 
 def latest_checkpoint(parent: Path) -> Path | None:

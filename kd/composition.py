@@ -25,11 +25,13 @@ from kd.config import (
     HubDataConfig,
     HubTeacherConfig,
     InstructionsDataConfig,
+    IntegerConfig,
     LocalTeacherConfig,
     LoRAConfig,
     ORPOConfig,
     PreferencesDataConfig,
     PretrainConfig,
+    QuantizationConfig,
     SFTConfig,
     StdlibDataConfig,
     TeacherConfig,
@@ -59,6 +61,8 @@ SCHEMAS: dict[str, type] = {
     "teacher_local": LocalTeacherConfig,
     "adapter_none": AdapterConfig,
     "adapter_lora": LoRAConfig,
+    "quantization_none": QuantizationConfig,
+    "quantization_integer": IntegerConfig,
 }
 """Name under which a YAML file in conf/ lists its class (`/schema/<name>@_here_`)."""
 
@@ -99,7 +103,7 @@ def register_schemas() -> None:
         _make_writable(node)
         if cls is Config:
             # Their class comes from the chosen group option; a default instance would forbid its siblings.
-            for group in ("train", "data", "teacher", "adapter"):
+            for group in ("train", "data", "teacher", "adapter", "quantization"):
                 node[group] = MISSING
         store.store(group="schema", name=name, node=node, package="_global_" if cls is Config else "_group_")
     store.store(group="hydra/sweeper", name="kd", node=SweeperConfig, provider="kd")

@@ -63,6 +63,19 @@ class HasOutputEmbeddings(Protocol):
 
 
 @runtime_checkable
+class HasEmbeddings(Protocol):
+    """What transformers' causal language models offer."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
+        ...
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the head."""
+        ...
+
+
+@runtime_checkable
 class CanCheckpoint(Protocol):
     """What transformers' models offer that can trade time for memory."""
 
@@ -149,6 +162,17 @@ class SplitModel:
         bound = ROUNDING * torch.finfo(self._linear.weight.dtype).eps * largest
         if ((expected - found).where(finite, 0).abs() > bound).any():
             raise NoLinearHeadError("its logits are not those of its head alone: something else changes them")
+
+
+def head_and_embedding(model: nn.Module) -> list[str]:
+    """Return the names of a model's head and embedding; nothing of a model that does not say which these are."""
+    if isinstance(model, StudentModel):
+        ends: tuple[nn.Module | None, ...] = (model.lm_head, model.embedding)
+    elif isinstance(model, HasEmbeddings):
+        ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    else:
+        return []
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -55,11 +55,13 @@ def _perplexities(result: dict[str, Any]) -> str:
     teacher, test = result["teacher_val_ppl"], result["test_ppl"]
     text = f"Validation perplexity {result['val_ppl']:.2f}"
     text += "" if test is None else f", test {test:.2f}"
+    if "quantized_val_ppl" in result:
+        text += f"; with integer weights {result['quantized_val_ppl']:.2f}"
     return text if teacher is None else f"{text} (teacher, validation: {teacher:.2f})"
 
 
 def _measures(result: dict[str, Any]) -> Iterator[str]:
-    for prefix, part in (("val_", "Validation"), ("test_", "Test")):
+    for prefix, part in (("val_", "Validation"), ("test_", "Test"), ("quantized_val_", "With integer weights")):
         known = {name: value for name, value in result.items() if name.startswith(prefix) and value is not None}
         values = (f"{name.removeprefix(prefix).replace('_', ' ')} {value:.4f}" for name, value in known.items())
         if known:

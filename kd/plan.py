@@ -64,7 +64,7 @@ def make_plan(config: Config) -> Plan:
         KDError: of the kind that fits, if anything is missing or contradicts; nothing was made then.
     """
     check_outputs(config.name)
-    _check_adapter(config)
+    _check_extras(config)
     teacher = _find_pretrained_teacher(config)
     start = None if config.init_from is None else find_start(config.init_from, config.model)
     data = _read_data(config)
@@ -79,8 +79,9 @@ def make_plan(config: Config) -> Plan:
     return Plan(config, data, tokenizer, teacher, fingerprints, start, identity)
 
 
-def _check_adapter(config: Config) -> None:
+def _check_extras(config: Config) -> None:
     require_extra("adapter=lora", config.adapter.extra)
+    require_extra("quantization", config.quantization.extra)
     if config.adapter.extra is not None and config.init_from is None:
         log.warning("adapter=lora without init_from: the weights that the adapters stand beside are random, and frozen")
 

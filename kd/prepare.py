@@ -8,7 +8,7 @@ import torch
 from kd.adapters import add_adapters
 from kd.cache import all_or_nothing
 from kd.checkpoint import load_weights
-from kd.config import Config, CorpusConfig, LoRAConfig
+from kd.config import Config, CorpusConfig, IntegerConfig, LoRAConfig
 from kd.data import (
     BlockLoader,
     Corpus,
@@ -28,6 +28,7 @@ from kd.errors import ConfigError
 from kd.model import StudentModel
 from kd.plan import Plan
 from kd.prepare_examples import open_example_loaders
+from kd.quantization import fake_quantize
 from kd.stop import StopSignal
 from kd.teacher import Teacher
 from kd.teacher_choice import open_teacher
@@ -81,6 +82,8 @@ def _new_student(plan: Plan) -> StudentModel:
         load_weights(plan.start.checkpoint, student)
     if isinstance(plan.config.adapter, LoRAConfig):
         add_adapters(student, plan.config.adapter)
+    if isinstance(plan.config.quantization, IntegerConfig):
+        fake_quantize(student, plan.config.quantization)
     return student
 
 

@@ -106,7 +106,7 @@ def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
             del train["temperature"]
     elif isinstance(config.train, DPOConfig | ORPOConfig):
         settings += f"-beta{config.train.beta:g}"
-    settings += config.adapter.label
+    settings += config.adapter.label + config.quantization.label
     content = {
         "schema": SCHEMA_VERSION,
         "trainer": config.train.trainer,
@@ -119,8 +119,11 @@ def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
         "teacher": teacher,
         "init_from": fingerprints.init_from,
     }
-    if config.adapter.label:  # only then, so that runs from before there were adapters are still known
+    # Only where there is any, so that runs from before there was such a thing are still known.
+    if config.adapter.label:
         content["adapter"] = asdict(config.adapter)
+    if config.quantization.label:
+        content["quantization"] = asdict(config.quantization)
     return RunIdentity(config.name, f"{settings}-seed{config.seed}", content)
 
 

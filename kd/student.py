@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.checkpoint import load_weights
-from kd.checkpoint_files import find_checkpoint, run_record
-from kd.config import ModelConfig
+from kd.checkpoint_files import QUANTIZED, find_checkpoint, run_record
+from kd.config import IntegerConfig, ModelConfig
 from kd.data import load_tokenizer
 from kd.errors import IntegrityError
 from kd.model import StudentModel
+from kd.quantization import load_quantized, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,20 +27,31 @@ class TrainedStudent:
 def load_student(path: Path) -> TrainedStudent:
     """Load a run's student, in eval mode, and its tokenizer.
 
+    That of a run which trained for integer weights has these; it is made from the checkpoint's where one is named, or
+    where the run is not done.
+
     Args:
         path: A run's directory, or a checkpoint in it.
 
     Raises:
+        ConfigError: if a package that it needs is not installed.
         DataError: if it is not a run with a checkpoint, or its tokenizer is no longer where it was.
         IntegrityError: if its files are damaged.
     """
     record = run_record(path)
     try:
         config = ModelConfig(**record["identity"]["model"])
+        integers = record["identity"].get("quantization")
+        quantization = None if integers is None else IntegerConfig(**integers)
         tokenizer = record["inputs"]["tokenizer"]
         source = (tokenizer["location"], tokenizer["revision"], tokenizer["gguf_file"])
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"environment.json of {path} is not as it was written ({error!r}).") from error
     model = StudentModel(config)
-    load_weights(find_checkpoint(path), model)
+    if quantization is not None and (path / QUANTIZED).is_dir():
+        load_quantized(path / QUANTIZED, model, quantization)
+    else:
+        load_weights(find_checkpoint(path), model)
+        if quantization is not None:
+            quantize(model, quantization)
     return TrainedStudent(model.eval(), load_tokenizer(*source))

@@ -23,12 +23,14 @@ from kd.config import (
     HubDataConfig,
     HubTeacherConfig,
     InstructionsDataConfig,
+    IntegerConfig,
     LocalTeacherConfig,
     LoRAConfig,
     ModelConfig,
     ORPOConfig,
     PreferencesDataConfig,
     PretrainConfig,
+    QuantizationConfig,
     SFTConfig,
     StdlibDataConfig,
     TeacherConfig,
@@ -41,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 HELP = (CONF / "hydra/help/kd.yaml").read_text()
-GROUPS = ("model", "train", "data", "teacher", "adapter")
+GROUPS = ("model", "train", "data", "teacher", "adapter", "quantization")
 OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2]
 LAUNCHERS = ("submitit", "slurm")
 CLASSES: dict[tuple[str, str], type] = {
@@ -67,6 +69,9 @@ CLASSES: dict[tuple[str, str], type] = {
     ("teacher", "none"): TeacherConfig,
     ("adapter", "none"): AdapterConfig,
     ("adapter", "lora"): LoRAConfig,
+    ("quantization", "none"): QuantizationConfig,
+    ("quantization", "int8"): IntegerConfig,
+    ("quantization", "int4"): IntegerConfig,
 }
 CORPUS_COMPANIONS = {
     # A pretrained teacher's vocabulary is known only later, so any model goes with one.

@@ -15,6 +15,7 @@ from kd.config.examples import (
     PreferencesDataConfig,
 )
 from kd.config.model import ModelConfig
+from kd.config.quantization import IntegerConfig, QuantizationConfig
 from kd.config.root import NAME_PATTERN, Config
 from kd.config.teacher import (
     EmbeddedTeacherConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "HubDataConfig",
     "HubTeacherConfig",
     "InstructionsDataConfig",
+    "IntegerConfig",
     "LoRAConfig",
     "LocalTeacherConfig",
     "MISSING",
@@ -56,6 +58,7 @@ __all__ = [
     "PreferencesDataConfig",
     "PresentTeacherConfig",
     "PretrainConfig",
+    "QuantizationConfig",
     "SFTConfig",
     "StdlibDataConfig",
     "TeacherConfig",

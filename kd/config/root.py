@@ -7,6 +7,7 @@ from kd.config.adapter import AdapterConfig, LoRAConfig
 from kd.config.checks import require
 from kd.config.data import CorpusConfig, DataConfig, HubDataConfig
 from kd.config.model import ModelConfig
+from kd.config.quantization import IntegerConfig, QuantizationConfig
 from kd.config.teacher import EmbeddedTeacherConfig, HubTeacherConfig, TeacherConfig
 from kd.config.train import GRPOConfig, TrainerConfig, TrainingConfig
 from kd.errors import ConfigError
@@ -33,6 +34,7 @@ class Config:
     data: DataConfig = field(default_factory=HubDataConfig)
     teacher: TeacherConfig = field(default_factory=HubTeacherConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     name: str = "default"
     """Of the experiment: runs go to outputs/<name>/."""
     seed: int = 0
@@ -59,9 +61,21 @@ class Config:
         require(self.tracker == "none", "tracker", self.tracker, "only none is supported")
         if isinstance(self.adapter, LoRAConfig):
             self.adapter.check_fits(self.model)
+        if isinstance(self.quantization, IntegerConfig):
+            self._check_quantization(self.quantization)
         self._check_data()
         if isinstance(self.data, CorpusConfig):
             self._check_teacher(self.data)
+
+    def _check_quantization(self, quantization: IntegerConfig) -> None:
+        quantization.check_fits(self.model)
+        if isinstance(self.adapter, LoRAConfig):
+            raise ConfigError(
+                f"adapter=lora and quantization{quantization.label.replace('-', '=')} do not go together: adapters "
+                "would be merged into weights that were rounded without them. Leave one out."
+            )
+        if self.train.compile:
+            raise ConfigError("train.compile=true is not supported with quantization: set it to false.")
 
     def _check_data(self) -> None:
         trainer, data = self.train.trainer, self.data

@@ -127,11 +127,11 @@ class EvaluatingTrainer(TrainerState[C], ABC):
             self.best_val_loss, self.best_step = loss, self.step
         self._write_history()
 
-    def record_test(self, scores: Scores) -> None:
-        """Enter the test part's loss, and what else is known of it, into the history as `test_*`."""
+    def record_part(self, part: str, scores: Scores) -> None:
+        """Enter a part's loss, and what else is known of it, into the history as single values: `test_loss`, ..."""
         for key, value in scores.metrics().items():
             if value is not None:
-                name = key.replace("val_", "test_", 1)
+                name = key.replace("val_", f"{part}_", 1)
                 self.history.totals[name] = self.history.finite(name, value)
         self._write_history()
 
