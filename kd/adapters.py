@@ -34,18 +34,18 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
         ValueError: if the model has adapters already.
     """
     require_extra("adapter=lora", config.extra)
-    with quiet_import():  # here, because it takes seconds
-        from peft import LoraConfig, inject_adapter_in_model
-
     if holds_adapters(model):
         raise ValueError("The model has adapters already: merge_adapters(model) first.")
     unsuitable = head_and_embedding(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = choose_targets(config.targets, [name for name in linears if name not in unsuitable], unsuitable)
-    settings = LoraConfig(
-        r=config.rank, lora_alpha=config.lora_alpha, lora_dropout=config.dropout, target_modules=targets
-    )
-    inject_adapter_in_model(settings, model)
+    with quiet_import():  # peft may use torchao, and looks for it only when layers are made
+        from peft import LoraConfig, inject_adapter_in_model  # here, because it takes seconds
+
+        scale, rate = config.lora_alpha, config.dropout
+        inject_adapter_in_model(
+            LoraConfig(r=config.rank, lora_alpha=scale, lora_dropout=rate, target_modules=targets), model
+        )
 
 
 def merge_adapters(model: nn.Module) -> None:

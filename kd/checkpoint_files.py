@@ -53,9 +53,11 @@ def find_checkpoint(path: Path) -> Path:
     Of a run with adapters these are the merged weights.
 
     Raises:
-        DataError: if there is none, or none but of adapters.
+        DataError: if there is none, or none but of adapters or integers.
         IntegrityError: if all of a run's checkpoints are damaged.
     """
+    if path.resolve().name == QUANTIZED:
+        raise DataError(f"{path} holds integer weights, which cannot train: give the run's directory.")
     for directory in (path, path / MERGED):
         if (directory / MODEL_FILE).is_file():
             return directory

@@ -48,8 +48,9 @@ def load_student(path: Path) -> TrainedStudent:
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"environment.json of {path} is not as it was written ({error!r}).") from error
     model = StudentModel(config)
-    if quantization is not None and (path / QUANTIZED).is_dir():
-        load_quantized(path / QUANTIZED, model, quantization)
+    integers_at = path if path.resolve().name == QUANTIZED else path / QUANTIZED
+    if quantization is not None and integers_at.is_dir():
+        load_quantized(integers_at, model, quantization)
     else:
         load_weights(find_checkpoint(path), model)
         if quantization is not None:

@@ -347,6 +347,7 @@ def test_a_run_ends_with_merged_weights_that_others_go_on_from(pretrained: Path)
     outcome = run(*command)
     assert outcome.code == 0, outcome.errors
     assert "of which train" in outcome.output
+    assert not outcome.errors.strip()
     directory = only_run("lora")
     assert "-lora2-" in directory.name
     assert strict_json(directory / "history.json")["reward_margin"][0] == 0
