@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd.checkpoint_files import MODEL_FILE, QUANTIZED, find_checkpoint
 from kd.config import Config, IntegerConfig, ModelConfig, QuantizationConfig
-from kd.errors import ConfigError, IntegrityError, Interrupted
+from kd.errors import ConfigError, DataError, IntegrityError, Interrupted
 from kd.heads import logits_of
 from kd.model import StudentModel
 from kd.quantization import fake_quantize, load_quantized, quantize, save_quantized, to_integers
@@ -263,6 +263,9 @@ def test_a_run_ends_with_integer_weights_that_generate(preset: str) -> None:
     ids = torch.arange(20).unsqueeze(0)
     assert torch.equal(saved(ids), made(ids))
     assert (directory / QUANTIZED / MODEL_FILE).is_file()
+    assert torch.equal(load_student(directory / QUANTIZED).model(ids), made(ids))
+    with pytest.raises(DataError, match="cannot train"):
+        find_checkpoint(directory / QUANTIZED)
     text = run(str(directory), "def ", "--max-new-tokens", "3", module="kd.generate")
     assert text.code == 0, text.errors
     assert "Already done" in run(*TINY, f"quantization={preset}", "data.test_ratio=0.1").output
