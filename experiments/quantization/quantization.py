@@ -1,6 +1,6 @@
 """What do int8 and int4 cost in quality: rounded after training, and trained for it?
 
-    python -m kd.train -m quantization=none,int8,int4 seed=0,1,2 name=quantization \
+    python -m kd.train -m quantization=none,int8,int4 seed=0,1,2 name=quantization threads=1 \
         train.alpha=1 train.temperature=1 train.learning_rate=0.001
     python experiments/quantization/quantization.py [outputs/quantization]
 
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -51,6 +52,8 @@ def scores(trainer: AnyTrainer, parts: Parts) -> dict[str, float]:
 def rounded_afterwards(run: Path, preset: str) -> dict[str, float]:
     """Return the perplexities of a run's model, rounded as it is."""
     plan = plan_of(run)
+    if plan.config.threads is not None:
+        torch.set_num_threads(plan.config.threads)
     parts = build_parts(plan, StopSignal())
     trainer = make_trainer(plan, parts, run)
     load_weights(find_checkpoint(run), parts.student)
@@ -75,7 +78,7 @@ def read(folder: Path) -> pd.DataFrame:
             trained = {name: result[f"quantized_{name}"] for name in ("val_ppl", "test_ppl")}
             preset = f"int{integers['weight_bits']}"
             rows.append({"made": "trained for it", "preset": preset, "seed": seed, **trained})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).sort_values(["preset", "made", "seed"], ignore_index=True)
 
 
 def table(models: pd.DataFrame) -> str:
