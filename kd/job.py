@@ -8,6 +8,7 @@ from typing import Any
 from kd.cache import RESOURCE_ERRNOS
 from kd.config import Config, CorpusConfig
 from kd.errors import ResourceError
+from kd.outcome import sentences
 from kd.plan import make_plan
 from kd.runs import Run
 from kd.stop import StopSignal, signals_to
@@ -45,25 +46,10 @@ def do_run(config: Config, files: dict[str, str]) -> float:
 
 
 def _announce(run: Run, result: dict[str, Any]) -> None:
-    for line in (_perplexities(result),) if "val_ppl" in result else _measures(result):
-        log.info("%s", line)
+    for sentence in sentences(result):
+        log.info("%s", sentence)
     log.info("Run: %s", run.directory)
     log.info('Try it: python -m kd.generate %s "prompt"', run.directory)
-
-
-def _perplexities(result: dict[str, Any]) -> str:
-    teacher, test = result["teacher_val_ppl"], result["test_ppl"]
-    text = f"Validation perplexity {result['val_ppl']:.2f}"
-    text += "" if test is None else f", test {test:.2f}"
-    return text if teacher is None else f"{text} (teacher, validation: {teacher:.2f})"
-
-
-def _measures(result: dict[str, Any]) -> Iterator[str]:
-    for prefix, part in (("val_", "Validation"), ("test_", "Test")):
-        known = {name: value for name, value in result.items() if name.startswith(prefix) and value is not None}
-        values = (f"{name.removeprefix(prefix).replace('_', ' ')} {value:.4f}" for name, value in known.items())
-        if known:
-            yield f"{part}: {', '.join(values)}"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ FLOORS = (
         "preference_losses",
         "policy_losses",
         "rewards",
+        "outcome",
     },
     {"labelled"},
     {"linear_distillation", "token_logprobs", "heads", "data", "analysis"},
