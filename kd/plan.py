@@ -30,6 +30,7 @@ from kd.errors import ConfigError, DataError
 from kd.files import digest_of, file_digest
 from kd.runs import Fingerprints, RunIdentity, check_outputs, run_identity
 from kd.teacher_files import PretrainedTeacher, check_vocabulary, find_teacher
+from kd.torchrun import num_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -94,7 +95,7 @@ def make_plan(config: Config) -> Plan:
     )
     if init_from is not None:
         _check_same_tokenizer(init_from, tokenizer.fingerprint)
-    identity = run_identity(config, fingerprints)
+    identity = run_identity(config, fingerprints, num_processes())
     return Plan(config, corpus, tokenizer, teacher, fingerprints, init_from, identity)
 
 

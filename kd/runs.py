@@ -88,13 +88,15 @@ class RunIdentity:
         return OUTPUTS / self.experiment / f"{self.settings}-{self.digest}"
 
 
-def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
+def run_identity(config: Config, fingerprints: Fingerprints, num_processes: int = 1) -> RunIdentity:
     """Return the identity of the run that a configuration and its inputs determine.
 
+    Several processes are the same run as one that accumulates as many micro-batches: what counts is their product.
     Device, threads, tracker, paths and the intervals of logging and saving do not enter. At `alpha=0`
     neither temperature nor teacher do: there is one baseline.
     """
     train = config.train.identity()
+    train["gradient_accumulation_steps"] *= num_processes
     teacher = fingerprints.teacher
     settings = config.train.trainer
     if isinstance(config.train, TrainingConfig):

@@ -4,6 +4,7 @@ Source: Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
     """
 
     config_class = GRPOConfig
+    can_shard = False  # the reference is a copy of the whole model, and responses are sampled with all of its weights
     loss_terms: tuple[str, ...] = ("reward", "policy_loss", "kl", "entropy", "clip_fraction", "constant_groups")
     units_of_terms = {"policy_loss": 0, "kl": 0, "entropy": 0, "clip_fraction": 0}  # noqa: RUF012 - never changed
 
@@ -81,11 +83,18 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
             device=device,
             run_dir=run_dir,
         )
-        self.scorer = AnswerScorer(self.model)
         self.reward_fn, self.generator = reward_fn, generator
         self._reference: AnswerScorer | None = None
         if self.config.kl_coef > 0:
             self._reference = AnswerScorer(frozen_reference(model, ref_model).to(self.device))
+
+    @cached_property
+    def scorer(self) -> AnswerScorer:
+        """The trained model and its log-probabilities."""
+        return AnswerScorer(self.model)
+
+    def _trained_module(self) -> nn.Module:
+        return self.scorer
 
     @property
     def optimization_epochs(self) -> int:
@@ -171,7 +180,7 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
 
     def _forward(self, batch: Batch) -> _Outputs:
         arguments = batch["input_ids"], batch["labels"]
-        policy = self.scorer(*arguments, with_entropy=self.config.entropy_coef > 0)
+        policy = self.module(*arguments, with_entropy=self.config.entropy_coef > 0)
         if self._reference is None:
             return _Outputs(policy, None)
         with torch.no_grad():

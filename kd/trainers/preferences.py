@@ -39,6 +39,9 @@ class PreferenceTrainer(BaseTrainer[C]):
         """The trained model and its log-probabilities."""
         return AnswerScorer(self.model)
 
+    def _trained_module(self) -> nn.Module:
+        return self.scorer
+
     def _prepare_batch(self, batch: Batch) -> Batch:
         moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         prompts, mask = moved["prompt_input_ids"], moved["prompt_attention_mask"]
@@ -50,7 +53,7 @@ class PreferenceTrainer(BaseTrainer[C]):
         input_ids, labels = join_answers(prompts.repeat(2, 1), mask.repeat(2, 1), answers, answer_mask)
         return {"input_ids": input_ids, "labels": labels}
 
-    def _pair_logprobs(self, scorer: AnswerScorer, batch: Batch) -> PairLogprobs:
+    def _pair_logprobs(self, scorer: nn.Module, batch: Batch) -> PairLogprobs:
         logprobs = scorer(batch["input_ids"], batch["labels"]).logprobs
         tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
         return PairLogprobs(logprobs.sum(dim=1).view(2, -1).T, tokens.view(2, -1).T)
