@@ -77,7 +77,9 @@ class AnswerScorer(nn.Module):
             return token_logprobs(logits_of(self.model(input_ids)), labels, with_entropy=with_entropy)
         head = self._split.head
         hidden = self._split.hidden(input_ids)
-        return linear_token_logprobs(hidden, head.weight, labels, bias=head.bias, with_entropy=with_entropy)
+        found = linear_token_logprobs(hidden, head.weight, labels, bias=head.bias, with_entropy=with_entropy)
+        # FSDP2 hangs the backward pass's work on what comes out, which must not be a view for that.
+        return TokenLogprobs(found.logprobs.clone(), None if found.entropy is None else found.entropy.clone())
 
 
 def frozen_reference(model: nn.Module, ref_model: nn.Module | None) -> nn.Module:
