@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..commands import Outcome, environment
+from tests.commands import Outcome, environment
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
