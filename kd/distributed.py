@@ -1,8 +1,7 @@
 """Several processes as one: who am I, and what do all of us have together. One process needs no group.
 
-Processes meet twice. Before there is a group, and wherever one of them may work alone for long, they wait at torchrun's
-store, without a limit. In the collectives of the group nobody waits for more than a minute: whoever is that late is
-gone.
+In the collectives of the group nobody waits for more than a minute: whoever is that late is gone. Where one process may
+work alone for long, making a cache or saving a checkpoint, the others wait without a limit, but notice its end.
 """
 
 import itertools
@@ -34,12 +33,15 @@ COLLECTIVE_SECONDS = 60.0
 """How long a collective waits for the other processes."""
 START_SECONDS = 300.0
 """How long processes wait for each other's start."""
+NO_LIMIT = timedelta(days=365)
 LONGEST_PAUSE = 0.2
-"""Seconds between two looks at the store."""
+"""Seconds between two looks whether the others are there."""
 SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "timed out", "broken pipe", "socket")
 """What is in the text of errors that torch raises where another process is gone."""
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
+_patient: ContextVar[dist.ProcessGroup | None] = ContextVar("patient", default=None)
+"""The group in which processes wait without a limit."""
 
 
 def is_distributed() -> bool:
@@ -120,10 +122,12 @@ def process_group(
             world_size=place.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
+        token = _patient.set(dist.new_group(timeout=NO_LIMIT, backend="gloo"))
         try:
             yield device
             dist.barrier()  # whoever holds the store leaves after all who may still look at it
         finally:
+            _patient.reset(token)
             dist.destroy_process_group()
 
 
@@ -186,7 +190,7 @@ def _store(place: Place) -> Store:
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:
-    # Not the store's own wait: it would keep this process's signals waiting too.
+    # Not torch's own ways to wait: they would keep this process's signals waiting too.
     pause = 0.001
     while not is_so():
         time.sleep(pause)
@@ -194,14 +198,25 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def wait_for_all() -> None:
-    """Wait until all processes are here, however long that takes. Nothing to wait for in one process."""
-    place = find_place()
-    if place is not None and not _alone.get():
+    """Wait until all processes are here, however long that takes. Nothing to wait for in one process.
+
+    Raises:
+        RuntimeError: if one of them has ended.
+    """
+    place, patient = find_place(), _patient.get()
+    if _alone.get():
+        return
+    if patient is not None:
+        work = dist.barrier(patient, async_op=True)
+        assert work is not None
+        _wait_until(work.is_completed)
+        work.wait()
+    elif is_distributed():  # a group that somebody else has opened
+        dist.barrier()
+    elif place is not None:
         store, key = _store(place), f"turn/{next(_turns)}"
         store.add(key, 1)
         _wait_until(lambda: store.add(key, 0) >= place.world_size)
-    if is_distributed():
-        dist.barrier()
 
 
 def told_by_first(value: Any) -> Any:

@@ -31,6 +31,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from kd.config import Config, TrainingConfig
 from kd.errors import IntegrityError, ResourceError, RunHeldError
 from kd.files import canonical_json, digest_of, file_digest, read_json, write_json, write_text
+from kd.torchrun import num_processes
 
 log = logging.getLogger(__name__)
 
@@ -372,6 +373,7 @@ def describe_environment(identity: RunIdentity, **inputs: Any) -> dict[str, Any]
         "code": _code_version(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "process": {"pid": os.getpid(), "host": socket.gethostname(), "arguments": sys.argv[1:]},
+        "num_processes": num_processes(),
         "identity": identity.content,
         "inputs": inputs,
     }

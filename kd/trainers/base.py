@@ -16,7 +16,7 @@ from kd.distributed import reduce_tensor, sum_of_all
 from kd.errors import Interrupted, NumericError
 from kd.losses import IGNORE_INDEX
 from kd.runs import Number
-from kd.trainers.dealing import Dealt, deal
+from kd.trainers.dealing import Dealt, deal, position_after
 from kd.trainers.evaluating import EvaluatingTrainer, StopRequest
 from kd.trainers.progress import Progress
 from kd.trainers.state import Batch, C
@@ -128,7 +128,7 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
             batches = deal(self.train_loader, self.epoch, self.batch_in_epoch)
             self._settle_rng()
             while window := list(itertools.islice(batches, self.config.gradient_accumulation_steps)):
-                self.batch_in_epoch += sum_of_all(sum(dealt.counts for dealt in window))
+                self.batch_in_epoch = position_after(self.train_loader, self.batch_in_epoch, len(window))
                 yield window
                 if self._is_over():
                     return

@@ -107,6 +107,13 @@ def deal(loader: Iterable[Batch], epoch: int = 0, position: int = 0) -> Iterator
     return (Dealt(batch, True) for batch in batches)
 
 
+def position_after(loader: Iterable[Batch], position: int, taken: int) -> int:
+    """Return the position in an epoch after every process has taken so many of what `deal` gives."""
+    if get_world_size() == 1:  # where a loader may give more than its length says
+        return position + taken
+    return min(position + taken * get_world_size(), num_batches(loader))
+
+
 def _from(loader: Iterable[Batch], epoch: int, position: int) -> Iterator[Batch]:
     if isinstance(loader, PositionedLoader):
         loader.set_position(epoch, position)

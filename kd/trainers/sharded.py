@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from kd.checkpoint import read_weights
-from kd.distributed import get_rank
+from kd.distributed import get_rank, get_world_size
 from kd.trainers.linear import LinearLoss
 from kd.trainers.strategies import OneProcess
 
@@ -31,10 +32,12 @@ class Sharded(OneProcess):
         root = trained()
         for parameter in root.parameters():  # as DistributedDataParallel does it
             dist.broadcast(parameter.detach(), src=0)
+        # Of the device in use: left to itself, torch takes the GPU of a machine that has one.
+        mesh = init_device_mesh(next(root.parameters()).device.type, (get_world_size(),))
         for block in _blocks(root):
-            fully_shard(block)
+            fully_shard(block, mesh=mesh)
         # The root holds embedding and head, which may be one: it must be what the loss is computed in.
-        fully_shard(root)
+        fully_shard(root, mesh=mesh)
         if isinstance(root, LinearLoss):
             register_fsdp_forward_method(root, "scores")
         assert isinstance(root, FSDPModule)

@@ -45,6 +45,12 @@ def test_a_fault_ends_all_processes_in_a_sentence(tmp_path: Path, name: str, cod
     assert launch.ranks_of(agent) == {}
 
 
+def test_everything_else_that_a_training_does(tmp_path: Path) -> None:
+    """See `tests.distributed.variety`."""
+    outcome = launch.run(str(tmp_path), module="tests.distributed.variety")
+    assert outcome.code == 0, outcome.errors
+
+
 def test_a_trainer_that_has_not_joined_the_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for key, value in place.items():
@@ -81,7 +87,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def train_until_checkpoint(*arguments: str, step: int = 40) -> Any:
     """Start a training in two processes; return torchrun when it has left a checkpoint."""
-    agent = launch.start(*LONG, *arguments, module="kd.train")
+    agent = launch.start(*(arguments or LONG), module="kd.train")
     until = time.monotonic() + 100
     while not list(Path("outputs").glob(f"debug/*/checkpoints/checkpoint-{step}/manifest.json")):
         assert agent.poll() is None, agent.communicate()[1]
@@ -109,7 +115,7 @@ def assert_goes_on(ways: tuple[str, ...], unbroken: dict[str, Any]) -> None:
 def test_a_killed_process_ends_the_group_and_its_run_goes_on(
     victim: int, first: str, then: tuple[str, ...], unbroken: dict[str, Any]
 ) -> None:
-    agent = train_until_checkpoint(f"train.strategy={first}")
+    agent = train_until_checkpoint(*LONG, f"train.strategy={first}")
     workers = launch.ranks_of(agent)
     assert sorted(workers) == [0, 1]
     os.kill(workers[victim], signal.SIGKILL)
@@ -140,9 +146,13 @@ def test_a_process_that_is_asked_to_stop_stops_all_at_the_same_step(
 
 
 def test_a_live_run_is_refused_to_other_processes() -> None:
-    agent = train_until_checkpoint()
+    endless = (*LONG[:-4], "train.num_epochs=9999", "train.max_steps=9999", *LONG[-2:])
+    agent = train_until_checkpoint(*endless)
     try:
-        for outcome in (launch.run(*LONG, module="kd.train"), run_alone(*LONG, "train.gradient_accumulation_steps=2")):
+        for outcome in (
+            launch.run(*endless, module="kd.train"),
+            run_alone(*endless, "train.gradient_accumulation_steps=2"),
+        ):
             assert outcome.code != 0
             assert "is being worked on by process" in outcome.errors
     finally:
