@@ -76,8 +76,8 @@ JOBS = {
     ),
 }
 FOR_FSDP = ("pretrain", "logits", "recomputed", "distillation", "sft", "orpo")
-SAVED_AT = 10
-"""The step of the checkpoint on the way."""
+SAVED_AT = 8
+"""The step of the checkpoint on the way, amid an epoch."""
 
 
 def make_trainer(name: str, run_dir: Path | None = None, seed: int = 0, **settings: Any) -> BaseTrainer[Any]:
