@@ -5,33 +5,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kd.checkpoint import load_weights
 from kd.checkpoint_files import latest_checkpoint
-from kd.config import Config, PretrainConfig, TrainingConfig
-from kd.data import BlockLoader
+from kd.config import Config, GRPOConfig, TrainingConfig
+from kd.data import EncodedPrompts, PackedBlocks
 from kd.distributed import first_of_node_first, process_group, told_by_first
-from kd.files import remove_leftovers, write_text
-from kd.generation import GenerationConfig, TextGenerator
+from kd.files import remove_leftovers
+from kd.generation import TextGenerator
 from kd.model import StudentModel
 from kd.plan import Plan
-from kd.prepare import Parts, build_parts
+from kd.prepare import Loader, Parts, build_parts
+from kd.rewards import REWARDS
 from kd.runs import Run, describe_environment
+from kd.samples import write_samples
 from kd.stop import StopSignal
 from kd.torchrun import is_first
-from kd.trainers import DistillationTrainer, PretrainTrainer
-from kd.trainers.evaluation import BlockScores
+from kd.trainers import BaseTrainer, DistillationTrainer, GRPOTrainer, create_trainer
+from kd.trainers.evaluation import Scores, save_scores
+from kd.trainers.state import Batch
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 log = logging.getLogger("kd")
 
-AnyTrainer = DistillationTrainer | PretrainTrainer
+AnyTrainer = BaseTrainer[Any]
 CPU_ALLOCATOR = "DefaultCPUAllocator"
-NUM_SAMPLES = 3
-PROMPT_TOKENS = 16
-SAMPLE_TOKENS = 64
 
 
 def attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def _attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> d
                 _score_test(trainer, parts)
         result = _summarise(trainer)
         if is_first():  # alone from here on, for as long as it takes
-            _write_samples(run.directory / "samples.txt", _whole_student(trainer), parts)
+            _write_samples(run.directory, _whole_student(trainer), parts)
             run.write_result(result)
         return result
 
@@ -104,11 +108,37 @@ def make_trainer(plan: Plan, parts: Parts, run_dir: Path) -> AnyTrainer:
             parts.device,
             run_dir=run_dir,
         )
-    assert isinstance(config, PretrainConfig)
-    return PretrainTrainer(
+    if isinstance(config, GRPOConfig):
+        return _grpo_trainer(config, parts, run_dir)
+    return create_trainer(
+        config.trainer,
         parts.student,
         train_loader=parts.train_loader,
         val_loader=parts.val_loader,
+        config=config,
+        device=parts.device,
+        run_dir=run_dir,
+    )
+
+
+def _grpo_trainer(config: GRPOConfig, parts: Parts, run_dir: Path) -> GRPOTrainer:
+    answers: dict[int, str] = {}
+    for loader in (parts.train_loader, parts.val_loader, parts.test_loader):
+        if loader is not None:
+            assert isinstance(loader.dataset, EncodedPrompts)
+            answers |= loader.dataset.answers
+    reward = REWARDS[config.reward]
+
+    def reward_fn(responses: list[str], batch: Batch) -> list[float]:
+        pairs = zip(responses, batch["example_id"].tolist(), strict=True)
+        return [reward(response, answers[example]) for response, example in pairs]
+
+    return GRPOTrainer(
+        parts.student,
+        train_loader=parts.train_loader,
+        val_loader=parts.val_loader,
+        reward_fn=reward_fn,
+        generator=TextGenerator(parts.student, parts.tokenizer.load()),
         config=config,
         device=parts.device,
         run_dir=run_dir,
@@ -140,21 +170,26 @@ def _resume(trainer: AnyTrainer, config: Config) -> None:
 
 
 def _score_test(trainer: AnyTrainer, parts: Parts) -> None:
-    """Write the per-block scores, and score the test part, once, with the final model."""
-    assert isinstance(trainer.final_scores, BlockScores)
-    _write_scores(trainer, "val_blocks.npy", trainer.final_scores, parts.val_loader)
+    """Write the scores of each block or example, and score the test part, once, with the final model."""
+    assert trainer.final_scores is not None
+    _write_scores(trainer, "val", trainer.final_scores, parts.val_loader)
     if parts.test_loader is None:
         return
     scores = trainer.score(parts.test_loader, with_teacher=False)
-    assert isinstance(scores, BlockScores)
-    _write_scores(trainer, "test_blocks.npy", scores, parts.test_loader)
+    _write_scores(trainer, "test", scores, parts.test_loader)
     trainer.record_test(scores)
 
 
-def _write_scores(trainer: AnyTrainer, name: str, scores: BlockScores, loader: BlockLoader) -> None:
+def _write_scores(trainer: AnyTrainer, part: str, scores: Scores, loader: Loader) -> None:
     assert trainer.run_dir is not None
     if trainer.is_main:
-        scores.save(trainer.run_dir / name, loader.dataset.document_ids)
+        save_scores(scores, trainer.run_dir, part, _ids(loader))
+
+
+def _ids(loader: Loader) -> "npt.NDArray[np.int64] | None":
+    """The documents of blocks, or the examples themselves."""
+    data = loader.dataset
+    return data.document_ids if isinstance(data, PackedBlocks) else data.example_ids
 
 
 def _whole_student(trainer: AnyTrainer) -> StudentModel:
@@ -168,41 +203,25 @@ def _whole_student(trainer: AnyTrainer) -> StudentModel:
     return whole
 
 
-def _write_samples(path: Path, student: StudentModel, parts: Parts) -> None:
-    """Continue the beginnings of a few validation blocks."""
+def _write_samples(directory: Path, student: StudentModel, parts: Parts) -> None:
     generator = TextGenerator(student, parts.tokenizer.load())
-    blocks = parts.val_loader.dataset
-    sections = []
-    for index in range(0, len(blocks), max(1, len(blocks) // NUM_SAMPLES)):
-        prompt = blocks[index]["input_ids"][:PROMPT_TOKENS]
-        text = generator.decode(prompt.tolist())
-        for strategy in ("greedy", "top_p"):
-            settings = GenerationConfig(strategy=strategy, max_new_tokens=SAMPLE_TOKENS)
-            answer = generator.decode(generator.generate_ids(prompt.unsqueeze(0), settings))
-            sections.append(f"=== {strategy}\n{text}>>>{answer}\n")
-        if len(sections) >= 2 * NUM_SAMPLES:
-            break
-    write_text(path, "\n".join(sections))
+    write_samples(directory / "samples.txt", generator, parts.val_loader.dataset)
 
 
 def _summarise(trainer: AnyTrainer) -> dict[str, Any]:
-    totals, validation = trainer.history.totals, trainer.history.validation
+    history = trainer.history
+    totals = {name: value for name, value in history.totals.items() if name.startswith("test_")}
     return {
         "steps": trainer.step,
-        "val_loss": validation["val_loss"][-1],
-        "val_ppl": validation["val_ppl"][-1],
-        "val_kl": validation["val_kl"][-1],
-        "val_agreement": validation["val_agreement"][-1],
-        "val_bits_per_byte": validation["val_bits_per_byte"][-1],
+        **{name: column[-1] for name, column in history.validation.items() if name != "val_step"},
         "best_val_loss": trainer.best_val_loss,
         "best_step": trainer.best_step,
-        "teacher_val_ppl": totals["teacher_val_ppl"],
-        "test_loss": totals.get("test_loss"),
-        "test_ppl": totals.get("test_ppl"),
-        "tokens": totals["tokens"],
-        "flops": totals["flops"],
-        "parameters": totals["parameters"],
-        "timing": {key: trainer.history.timing[key] for key in ("wall_seconds", "peak_memory_bytes")},
+        "teacher_val_ppl": history.totals.get("teacher_val_ppl"),
+        **(dict.fromkeys(("test_loss", "test_ppl")) | totals),
+        "tokens": history.totals["tokens"],
+        "flops": history.totals["flops"],
+        "parameters": history.totals["parameters"],
+        "timing": {key: history.timing[key] for key in ("wall_seconds", "peak_memory_bytes")},
     }
 
 

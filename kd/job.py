@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from kd.cache import RESOURCE_ERRNOS
-from kd.config import Config, TrainerConfig
+from kd.config import Config, CorpusConfig, TrainerConfig
 from kd.errors import ConfigError, ResourceError
+from kd.outcome import sentences
 from kd.plan import make_plan
 from kd.runs import Run
 from kd.stop import StopSignal, signals_to
@@ -66,13 +67,8 @@ def _result_of_all(run: Run) -> dict[str, Any] | None:
 
 
 def _announce(run: Run, result: dict[str, Any]) -> None:
-    teacher, test = result["teacher_val_ppl"], result["test_ppl"]
-    log.info(
-        "Validation perplexity %.2f%s%s",
-        result["val_ppl"],
-        "" if test is None else f", test {test:.2f}",
-        "" if teacher is None else f" (teacher, validation: {teacher:.2f})",
-    )
+    for sentence in sentences(result):
+        log.info("%s", sentence)
     log.info("Run: %s", run.directory)
     log.info('Try it: python -m kd.generate %s "prompt"', run.directory)
 
@@ -92,7 +88,13 @@ def _resources_named(config: Config) -> Iterator[None]:
 
 def _out_of_memory(config: Config, error: Exception) -> str:
     return (
-        f"Out of memory with train.batch_size={config.train.batch_size} and data.seq_len={config.data.seq_len} "
+        f"Out of memory with train.batch_size={config.train.batch_size} and {_longest(config)} "
         f"({str(error).splitlines()[0] if str(error) else 'no details'}). Lower train.batch_size and raise "
         "train.gradient_accumulation_steps to match: the result is the same."
     )
+
+
+def _longest(config: Config) -> str:
+    if isinstance(config.data, CorpusConfig):
+        return f"data.seq_len={config.data.seq_len}"
+    return f"model.max_seq_len={config.model.max_seq_len}"

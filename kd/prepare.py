@@ -7,10 +7,14 @@ import torch
 
 from kd.cache import all_or_nothing
 from kd.checkpoint import load_weights
-from kd.config import Config
+from kd.config import Config, CorpusConfig
 from kd.data import (
     BlockLoader,
+    Corpus,
+    EncodedExamples,
     PackedBlocks,
+    PositionedLoader,
+    TokenizerSource,
     bpe_tokenizer_directory,
     build_blocks,
     eval_loader,
@@ -21,11 +25,14 @@ from kd.data import (
 from kd.distributed import own_device, seed_everything
 from kd.errors import ConfigError
 from kd.model import StudentModel
-from kd.plan import Plan, TokenizerSource
+from kd.plan import Plan
+from kd.prepare_examples import open_example_loaders
 from kd.stop import StopSignal
 from kd.teacher import Teacher
 from kd.teacher_choice import open_teacher
 from kd.trainers.machine import require_compiler
+
+Loader = BlockLoader | PositionedLoader[EncodedExamples]
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,9 @@ class Parts:
     teacher: Teacher | None
     tokenizer: TokenizerSource
     """With its location filled in. It is loaded when text is at hand: blocks that are packed already need none."""
-    train_loader: BlockLoader
-    val_loader: BlockLoader
-    test_loader: BlockLoader | None
+    train_loader: Loader
+    val_loader: Loader
+    test_loader: Loader | None
 
 
 def build_parts(plan: Plan, stop: StopSignal) -> Parts:
@@ -52,37 +59,47 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
     device = own_device(config.device)
     if config.train.compile:
         require_compiler(device)
+    if not isinstance(plan.data, Corpus):
+        tokenizer = plan.tokenizer.load()
+        _check_vocabulary_fits(config, num_token_ids(tokenizer))
+        examples = open_example_loaders(config, plan.data, tokenizer)
+        return Parts(device, _new_student(plan), None, plan.tokenizer, *examples)
     with all_or_nothing():
-        source = _place_tokenizer(plan)
-        blocks = _place_blocks(plan, source)
+        source = _place_tokenizer(plan, plan.data)
+        blocks = _place_blocks(config, plan.data, source)
         loaders = _open_loaders(config, blocks)
     _check_vocabulary_fits(config, loaders[0].dataset.vocab_size)
     teacher = open_teacher(plan, blocks, loaders[0], loaders[1], device, stop)
-    seed_everything(config.seed)
-    student = StudentModel(config.model)
-    if plan.init_from is not None:
-        load_weights(plan.init_from, student)
-    return Parts(device, student, teacher, source, *loaders)
+    return Parts(device, _new_student(plan), teacher, source, *loaders)
+
+
+def _new_student(plan: Plan) -> StudentModel:
+    seed_everything(plan.config.seed)
+    student = StudentModel(plan.config.model)
+    if plan.start is not None:
+        load_weights(plan.start.checkpoint, student)
+    return student
 
 
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-def _place_tokenizer(plan: Plan) -> TokenizerSource:
+def _place_tokenizer(plan: Plan, corpus: Corpus) -> TokenizerSource:
     if plan.tokenizer.location is not None:
         return plan.tokenizer
-    directory = bpe_tokenizer_directory(plan.corpus, plan.config.model.vocab_size)
+    directory = bpe_tokenizer_directory(corpus, plan.config.model.vocab_size)
     return TokenizerSource(plan.tokenizer.fingerprint, str(directory))
 
 
-def _place_blocks(plan: Plan, source: TokenizerSource) -> Path:
+def _place_blocks(config: Config, corpus: Corpus, source: TokenizerSource) -> Path:
     """The packed blocks' directory. Loading a tokenizer takes longer than all else in a start with a warm cache."""
-    blocks = find_blocks(plan.corpus, source.fingerprint, plan.config.data.seq_len)
+    assert isinstance(config.data, CorpusConfig)
+    blocks = find_blocks(corpus, source.fingerprint, config.data.seq_len)
     if blocks is not None:
         return blocks
     tokenizer = source.load()
-    _check_vocabulary_fits(plan.config, num_token_ids(tokenizer))
-    return build_blocks(plan.corpus, tokenizer, source.fingerprint, plan.config.data.seq_len)
+    _check_vocabulary_fits(config, num_token_ids(tokenizer))
+    return build_blocks(corpus, tokenizer, source.fingerprint, config.data.seq_len)
 
 
 def _check_vocabulary_fits(config: Config, size: int) -> None:
@@ -94,6 +111,7 @@ def _check_vocabulary_fits(config: Config, size: int) -> None:
 
 
 def _open_loaders(config: Config, blocks: Path) -> tuple[BlockLoader, BlockLoader, BlockLoader | None]:
+    assert isinstance(config.data, CorpusConfig)
     size, workers = config.train.batch_size, config.data.num_workers
     limit = config.data.max_eval_blocks
     training = PackedBlocks(blocks, "train", config.data.max_train_blocks)

@@ -35,5 +35,10 @@ def exact_answer(response: str, answer: str) -> float:
     return float(found is not None and found.group() == reference)
 
 
-REWARDS: Final[dict[str, RewardFunction]] = {"exact_answer": exact_answer}
+def exact_text(response: str, answer: str) -> float:
+    """Return 1.0 if the response is the reference, but for white space around either, else 0.0."""
+    return float(response.strip() == answer.strip())
+
+
+REWARDS: Final[dict[str, RewardFunction]] = {"exact_text": exact_text, "exact_answer": exact_answer}
 """What a configuration can name; one's own function is given through the Python API."""

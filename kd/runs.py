@@ -28,7 +28,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from kd.config import Config, TrainingConfig
+from kd.config import Config, DPOConfig, ORPOConfig, TrainingConfig
 from kd.errors import IntegrityError, ResourceError, RunHeldError
 from kd.files import canonical_json, digest_of, file_digest, read_json, write_json, write_text
 from kd.torchrun import num_processes
@@ -107,14 +107,14 @@ def run_identity(config: Config, fingerprints: Fingerprints, num_processes: int 
         else:
             teacher = None
             del train["temperature"]
+    elif isinstance(config.train, DPOConfig | ORPOConfig):
+        settings += f"-beta{config.train.beta:g}"
     content = {
         "schema": SCHEMA_VERSION,
         "trainer": config.train.trainer,
         "model": asdict(config.model),
         "train": train,
-        "seq_len": config.data.seq_len,
-        "max_train_blocks": config.data.max_train_blocks,
-        "max_eval_blocks": config.data.max_eval_blocks,
+        **config.data.identity(),
         "seed": config.seed,
         "corpus": fingerprints.corpus,
         "tokenizer": fingerprints.tokenizer,

@@ -13,13 +13,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.composition import conf_dir, explain, register_schemas, to_config
 from kd.config import (
+    ArithmeticDataConfig,
     Config,
+    DPOConfig,
     EmbeddedTeacherConfig,
+    ExampleFilesConfig,
+    GRPOConfig,
     HubDataConfig,
     HubTeacherConfig,
+    InstructionsDataConfig,
     LocalTeacherConfig,
     ModelConfig,
+    ORPOConfig,
+    PreferencesDataConfig,
     PretrainConfig,
+    SFTConfig,
     StdlibDataConfig,
     TeacherConfig,
     TextDataConfig,
@@ -42,18 +50,44 @@ CLASSES: dict[tuple[str, str], type] = {
     ("data", "text"): TextDataConfig,
     ("data", "hub"): HubDataConfig,
     ("data", "wiki_zh"): HubDataConfig,
+    ("train", "sft"): SFTConfig,
+    ("train", "dpo"): DPOConfig,
+    ("train", "orpo"): ORPOConfig,
+    ("train", "grpo"): GRPOConfig,
+    ("data", "instructions"): InstructionsDataConfig,
+    ("data", "preferences"): PreferencesDataConfig,
+    ("data", "arithmetic"): ArithmeticDataConfig,
+    ("data", "examples"): ExampleFilesConfig,
     ("teacher", "embedded"): EmbeddedTeacherConfig,
     ("teacher", "hub"): HubTeacherConfig,
     ("teacher", "qwen2_5_0_5b"): HubTeacherConfig,
     ("teacher", "local"): LocalTeacherConfig,
     ("teacher", "none"): TeacherConfig,
 }
-COMPANIONS = {
+CORPUS_COMPANIONS = {
     # A pretrained teacher's vocabulary is known only later, so any model goes with one.
     "model": ["teacher=qwen2_5_0_5b"],
     "data": ["model=student_120m", "teacher=qwen2_5_0_5b"],
     "teacher": ["data.tokenizer=bpe", "train.alpha=0"],
 }
+EXAMPLE_COMPANIONS = {
+    ("train", "sft"): ["data=instructions"],
+    ("train", "dpo"): ["data=preferences"],
+    ("train", "orpo"): ["data=preferences"],
+    ("train", "grpo"): ["data=arithmetic"],
+    ("data", "instructions"): ["train=sft"],
+    ("data", "preferences"): ["train=orpo"],
+    ("data", "arithmetic"): ["train=grpo"],
+    ("data", "examples"): ["train=dpo"],
+    ("debug", "fast_examples"): ["train=sft", "data=instructions"],
+}
+
+
+def companions(group: str, option: str) -> list[str]:
+    """Return what an option needs beside it."""
+    if (group, option) in EXAMPLE_COMPANIONS:
+        return [*EXAMPLE_COMPANIONS[group, option], "init_from=given"]
+    return CORPUS_COMPANIONS.get(group, [])
 
 
 def composed(*overrides: str, with_hydra: bool = False) -> DictConfig:
@@ -95,14 +129,14 @@ def test_every_file_is_known_to_these_tests() -> None:
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in GROUPS])
 def test_a_group_option_gives_its_checked_class(group: str, option: str) -> None:
     given = required_values(Path(group, f"{option}.yaml"), group)
-    config = config_of(f"{group}={option}", *COMPANIONS.get(group, []), *given)
+    config = config_of(f"{group}={option}", *companions(group, option), *given)
     expected = ModelConfig if group == "model" else CLASSES[group, option]
     assert type(getattr(config, group)) is expected
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] not in GROUPS])
 def test_an_experiment_a_sweep_or_a_debug_option_composes(group: str, option: str) -> None:
-    assert isinstance(config_of(f"{group}={option}"), Config)
+    assert isinstance(config_of(f"{group}={option}", *companions(group, option)), Config)
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "sweep"])

@@ -13,16 +13,22 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from kd.config import (
+    ArithmeticDataConfig,
     Config,
+    CorpusConfig,
     DataConfig,
     DPOConfig,
     EmbeddedTeacherConfig,
+    ExampleConfig,
+    ExampleFilesConfig,
     GRPOConfig,
     HubDataConfig,
     HubTeacherConfig,
+    InstructionsDataConfig,
     LocalTeacherConfig,
     ModelConfig,
     ORPOConfig,
+    PreferencesDataConfig,
     PretrainConfig,
     SFTConfig,
     StdlibDataConfig,
@@ -205,13 +211,22 @@ TRAINER_REFUSED = {
 DISTILLATION_REFUSED = {"alpha": (-0.01, 1.01, *NOT_FINITE), "temperature": (0.0, -1.0, *NOT_FINITE)}
 DATA_REFUSED = {
     "tokenizer": ("",),
-    "seq_len": SIZES,
-    "sample_size": SIZES,
     "val_ratio": (0.0, 1.0, -0.1, *NOT_FINITE),
     "test_ratio": (-0.1, 1.0, *NOT_FINITE),
+    "num_workers": (-1,),
+}
+CORPUS_REFUSED = {
+    **DATA_REFUSED,
+    "seq_len": SIZES,
+    "sample_size": SIZES,
     "max_train_blocks": SIZES,
     "max_eval_blocks": SIZES,
-    "num_workers": (-1,),
+}
+EXAMPLES_REFUSED = {
+    **DATA_REFUSED,
+    "tokenizer": ("", "bpe", "teacher"),
+    "max_train_examples": SIZES,
+    "max_eval_examples": SIZES,
 }
 ROOT_REFUSED = {
     "name": ("", "a b", "a/b", "../a", ".hidden", "-a", "a=b", "\u00e9", "a" * 101, "a\n"),
@@ -227,12 +242,15 @@ REFUSED: dict[tuple[type, str], dict[str, tuple[Any, ...]]] = {
     (SFTConfig, "train"): TRAINER_REFUSED,
     (DPOConfig, "train"): {
         **TRAINER_REFUSED,
+        "compile": (True,),
         "beta": (0.0, -0.1, *NOT_FINITE),
         "label_smoothing": (-0.1, 0.5, *NOT_FINITE),
     },
-    (ORPOConfig, "train"): {**TRAINER_REFUSED, "beta": (0.0, -0.1, *NOT_FINITE)},
+    (ORPOConfig, "train"): {**TRAINER_REFUSED, "compile": (True,), "beta": (0.0, -0.1, *NOT_FINITE)},
     (GRPOConfig, "train"): {
         **TRAINER_REFUSED,
+        "compile": (True,),
+        "reward": ("", "bleu"),
         "group_size": (1, 0, -1),
         "clip_range": (0.0, -0.1, *NOT_FINITE),
         "kl_coef": (-0.1, *NOT_FINITE),
@@ -242,9 +260,20 @@ REFUSED: dict[tuple[type, str], dict[str, tuple[Any, ...]]] = {
         "sampling_temperature": (0.0, -1.0, *NOT_FINITE),
     },
     (DataConfig, "data"): DATA_REFUSED,
-    (StdlibDataConfig, "data"): DATA_REFUSED,
-    (TextDataConfig, "data"): {**DATA_REFUSED, "path": ("",), "document_separator": ("",)},
-    (HubDataConfig, "data"): DATA_REFUSED,
+    (CorpusConfig, "data"): CORPUS_REFUSED,
+    (StdlibDataConfig, "data"): CORPUS_REFUSED,
+    (TextDataConfig, "data"): {**CORPUS_REFUSED, "path": ("",), "document_separator": ("",)},
+    (HubDataConfig, "data"): CORPUS_REFUSED,
+    (ExampleConfig, "data"): EXAMPLES_REFUSED,
+    (InstructionsDataConfig, "data"): {
+        **EXAMPLES_REFUSED,
+        "max_chars": SIZES,
+        "arithmetic_share": (-0.1, 1.1, *NOT_FINITE),
+        "digits": SIZES,
+    },
+    (PreferencesDataConfig, "data"): {**EXAMPLES_REFUSED, "max_chars": SIZES},
+    (ArithmeticDataConfig, "data"): {**EXAMPLES_REFUSED, "digits": SIZES, "num_pairs": SIZES},
+    (ExampleFilesConfig, "data"): {**EXAMPLES_REFUSED, "path": ("",)},
     (HubTeacherConfig, "teacher"): {"dtype": ("", "fp16", "float64", "torch.float16")},
     (LocalTeacherConfig, "teacher"): {"dtype": ("", "fp16", "float64", "torch.float16")},
     (Config, ""): ROOT_REFUSED,
@@ -268,7 +297,7 @@ def test_a_wrong_value_is_refused_by_its_key(cls: Callable[..., object], field: 
 
 @pytest.mark.parametrize(
     ("cls", "prefix"),
-    [(ModelConfig, "model"), (TrainingConfig, "train"), (PretrainConfig, "train"), (DataConfig, "data")],
+    [key for key in REFUSED if key[1] in ("model", "train", "data")],
 )
 def test_every_number_has_a_range(cls: type, prefix: str) -> None:
     numbers = {field.name for field in dataclasses.fields(cls) if field.type in (int, float, int | None)}
@@ -283,7 +312,7 @@ EDGES: list[tuple[type, dict[str, Any]]] = [
     (TrainingConfig, {"temperature": 1e-3}),
     (TrainingConfig, {"warmup_steps": 0, "weight_decay": 0.0, "max_steps": 1, "eval_blocks": 1}),
     (TrainingConfig, {"checkpoint_dir": "a/b..c"}),
-    (DataConfig, {"sample_size": None, "val_ratio": 0.5, "test_ratio": 0.49}),
+    (CorpusConfig, {"sample_size": None, "val_ratio": 0.5, "test_ratio": 0.49}),
     (Config, {"seed": 2**32 - 1, "threads": 1, "device": "cuda:3", "name": "a" * 100}),
 ]
 
@@ -336,6 +365,9 @@ def test_a_consistent_whole_is_allowed() -> None:
     Config(model=SMALL, data=STDLIB, teacher=EMBEDDED)
     Config(data=HubDataConfig(tokenizer="bpe"), teacher=TeacherConfig(), train=TrainingConfig(alpha=0))
     Config(data=HubDataConfig(tokenizer="bpe"), teacher=TeacherConfig(), train=PretrainConfig())
+    Config(data=InstructionsDataConfig(), train=SFTConfig(), init_from="outputs/a/b")
+    Config(data=PreferencesDataConfig(tokenizer="gpt2"), train=ORPOConfig())
+    Config(data=ExampleFilesConfig(path="mine.jsonl"), train=GRPOConfig(max_new_tokens=511), init_from="outputs/a/b")
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -362,6 +394,26 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a foreign tokenizer for the embedded teacher": (
         {"model": SMALL, "data": StdlibDataConfig(tokenizer="gpt2"), "teacher": EMBEDDED},
         ("data.tokenizer=gpt2", "teacher=embedded"),
+    ),
+    "a corpus for fine-tuning": (
+        {"train": SFTConfig(), "data": STDLIB},
+        ("sft", "StdlibDataConfig", "data=instructions"),
+    ),
+    "examples for pre-training": (
+        {"train": PretrainConfig(), "data": InstructionsDataConfig()},
+        ("pretrain", "InstructionsDataConfig", "data=stdlib"),
+    ),
+    "additions for DPO": (
+        {"train": DPOConfig(), "data": ArithmeticDataConfig(), "init_from": "outputs/a/b"},
+        ("dpo", "ArithmeticDataConfig", "data=preferences"),
+    ),
+    "the tokenizer of no earlier run": (
+        {"train": SFTConfig(), "data": InstructionsDataConfig()},
+        ("data.tokenizer=init_from", "init_from=RUN"),
+    ),
+    "responses as long as the context": (
+        {"train": GRPOConfig(max_new_tokens=512), "data": ArithmeticDataConfig(), "init_from": "outputs/a/b"},
+        ("train.max_new_tokens=512", "model.max_seq_len=512"),
     ),
     "a vocabulary too small for bytes": (
         {"model": ModelConfig(vocab_size=256), "data": HubDataConfig(tokenizer="bpe"), "train": PretrainConfig()},

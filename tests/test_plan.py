@@ -9,6 +9,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 from kd.composition import register_schemas
+from kd.files import publish_directory
 from tests.commands import run_and_list
 
 
@@ -48,6 +49,27 @@ def a_run_without_checkpoints() -> None:
     Path("run/environment.json").write_text("{}")
 
 
+def a_run(name: str = "run", **model: object) -> None:
+    """A finished run as far as a plan looks at it."""
+    checkpoint = Path(name, "checkpoints/checkpoint-3")
+    with publish_directory(checkpoint) as work:
+        (work / "model.safetensors").write_bytes(b"not read")
+    shape = {"hidden_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 256}
+    rest = {"vocab_size": 4096, "max_seq_len": 64, "rope_theta": 10000.0, "norm_eps": 1e-6, "dropout": 0.5}
+    tokenizer = {"fingerprint": "f", "location": "nowhere", "revision": None, "gguf_file": None}
+    record = {"identity": {"model": {**shape, **rest, **model}}, "inputs": {"tokenizer": tokenizer}}
+    Path(name, "environment.json").write_text(json.dumps(record))
+
+
+def a_wider_run() -> None:
+    a_run(hidden_size=128, num_layers=3)
+
+
+def two_runs() -> None:
+    a_run("run-a")
+    a_run("run-b")
+
+
 TEACHER = ("teacher=local", "teacher.path=teacher")
 REFUSALS: dict[tuple[str, ...], tuple[Callable[[], None], int, str]] = {
     ("train.alpha=2",): (nothing, 2, "train.alpha=2"),
@@ -55,7 +77,14 @@ REFUSALS: dict[tuple[str, ...], tuple[Callable[[], None], int, str]] = {
     ("data=text", "data.path=text"): (a_short_text, 4, "data.seq_len=128"),
     (): (a_file_for_outputs, 7, "move it away"),
     ("init_from=missing",): (nothing, 4, "missing"),
-    ("init_from=run",): (a_run_without_checkpoints, 4, "no checkpoint"),
+    ("init_from=run", "seed=2"): (a_run_without_checkpoints, 4, "no checkpoint"),
+    ("init_from=run", "model.max_seq_len=128"): (a_run, 2, "init_from=run was trained with another tokenizer"),
+    ("init_from=run",): (a_wider_run, 2, "Add: model.hidden_size=128 model.num_layers=3"),
+    ("init_from=run-*",): (two_runs, 2, "init_from=run-* fits 2 runs"),
+    ("init_from=run-*", "seed=1"): (nothing, 4, "init_from=run-* does not exist"),
+    ("train=sft", "init_from=run"): (a_run, 2, "data=instructions"),
+    ("train=sft", "data=instructions"): (nothing, 2, "init_from=RUN"),
+    ("train=grpo", "data=examples", "data.path=missing", "init_from=run"): (a_run, 4, "data.path=missing"),
     TEACHER: (nothing, 4, "teacher.path=teacher"),
     (*TEACHER, "model.vocab_size=299"): (a_teacher, 2, "set model.vocab_size=300"),
     (*TEACHER, "model.vocab_size=300"): (a_teacher, 2, "set data.seq_len=64"),

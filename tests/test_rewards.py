@@ -1,9 +1,10 @@
-"""Rewards: the first number counts, figure by figure, and a reference that is no number is refused."""
+"""Rewards: the whole text, or the first number, figure by figure; a reference that is no number is refused."""
 
 import pytest
 
+from kd.config.train import REWARDS as NAMES
 from kd.errors import DataError
-from kd.rewards import REWARDS, exact_answer
+from kd.rewards import REWARDS, exact_answer, exact_text
 
 
 @pytest.mark.parametrize(
@@ -36,5 +37,13 @@ def test_a_reference_that_is_no_number_is_refused(answer: str) -> None:
         exact_answer("19", answer)
 
 
+@pytest.mark.parametrize(
+    ("response", "reward"), [(" 1 9", 1.0), ("1 9\n", 1.0), ("19", 0.0), (" 1 9 0", 0.0), ("1  9", 0.0), ("", 0.0)]
+)
+def test_the_whole_text_decides(response: str, reward: float) -> None:
+    assert exact_text(response, " 1 9") == reward
+
+
 def test_a_name_gives_the_function() -> None:
     assert REWARDS["exact_answer"](" 7", "7") == 1.0
+    assert tuple(REWARDS) == NAMES

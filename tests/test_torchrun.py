@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kd.config import Config, PretrainConfig, TrainingConfig
+from kd.config import Config, DPOConfig, GRPOConfig, PretrainConfig, TrainerConfig, TrainingConfig
 from kd.errors import ConfigError
 from kd.runs import Fingerprints, run_identity
 from kd.torchrun import Place, find_place, is_first, num_processes, one_voice
@@ -110,6 +110,12 @@ def test_processes_and_accumulation_are_one_run_where_their_product_is_one() -> 
 def test_what_does_not_go_together_is_refused(settings: dict[str, str], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         PretrainConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [DPOConfig, GRPOConfig])
+def test_parts_of_weights_are_refused_where_whole_ones_are_needed(config: type[TrainerConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.strategy=fsdp .* set train\.strategy=ddp"):
+        config(strategy="fsdp")
 
 
 def test_fsdp_in_one_process_is_refused_before_anything_is_loaded() -> None:

@@ -33,6 +33,8 @@ WITH_SPREAD = ("val_loss", "val_ppl", "test_loss", "test_ppl")
 MEANS = ("val_kl", "val_agreement", "val_bits_per_byte", "teacher_val_ppl", "clip_rate")
 COSTS = ("tokens", "flops", "wall_seconds", "parameters")
 EQUAL = 1e-9
+SMALLEST_GAP = 0.02
+"""Nats per token, 2 % of perplexity: no share is given of a smaller gap between baseline and teacher."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ class Comparison:
         return rows.iloc[0] if len(rows) else None
 
     @property
+    def measure(self) -> str:
+        """What numbers are quoted in: `ppl`, or `loss` for trainers that have no perplexity."""
+        return "ppl" if self.settings["val_ppl"].notna().any() else "loss"
+
+    @property
+    def column(self) -> str:
+        """The column of the quoted numbers."""
+        return f"{'test' if self.part == 'test' else 'val'}_{self.measure}"
+
+    @property
     def equals(self) -> list[str]:
         """Labels of the settings that cannot be told from the best, without itself."""
         if not self.has_set:
@@ -70,9 +82,9 @@ class Comparison:
         """Return alpha (rows) by temperature (columns) as text, mean +- SD over seeds; alpha 0 has no temperature.
 
         Args:
-            value: Column to show; perplexity on the quoted part if None.
+            value: Column to show; `column` if None.
         """
-        name = value or ("test_ppl" if self.part == "test" else "val_ppl")
+        name = value or self.column
         frame = self.settings[self.settings["alpha"].notna()].copy() if len(self.settings) else self.settings
         if frame.empty:
             return pd.DataFrame()
@@ -228,7 +240,7 @@ def _gap_closed(settings: pd.DataFrame, row: int, baseline: int | None) -> float
         return math.nan
     losses = settings["val_loss"].to_numpy(dtype=float)
     gap = losses[baseline] - math.log(known[0])
-    return float((losses[baseline] - losses[row]) / gap) if gap > 0 else math.nan
+    return float((losses[baseline] - losses[row]) / gap) if gap >= SMALLEST_GAP else math.nan
 
 
 def compare_pair(runs: Runs, first: str | Path, second: str | Path, level: float = LEVEL) -> PairComparison:

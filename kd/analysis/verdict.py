@@ -35,11 +35,12 @@ def verdict(comparison: Comparison, level: float = LEVEL) -> list[str]:
 
 
 def _quoted(comparison: Comparison) -> str:
-    best, column = comparison.best, "test_ppl" if comparison.part == "test" else "val_ppl"
+    best, column = comparison.best, comparison.column
     assert best is not None
+    measure = "perplexity" if comparison.measure == "ppl" else "loss"
     seeds, sd = int(best["seeds"]), float(best[f"{column}_sd"])
     spread = "one seed" if seeds == 1 else f"SD {sd_text(sd)} over {seeds} seeds"
-    return f"{comparison.part} perplexity {float(best[column]):.5g}, {spread}"
+    return f"{comparison.part} {measure} {float(best[column]):.5g}, {spread}"
 
 
 def _equals(comparison: Comparison, level: float) -> str:
@@ -95,7 +96,8 @@ def _against_baseline(comparison: Comparison, level: float) -> list[str]:
     interval = "no interval" if math.isnan(low) else f"{level:.0%} interval {low:+.4f} to {high:+.4f}"
     sentences = [f"Against the baseline: {estimate:+.4f} nats per token ({interval}; {comparison.part} part)."]
     if math.isnan(gap):
-        return [*sentences, "The share of the gap to the teacher is not known: no teacher's loss below the baseline's."]
+        reason = "no teacher's loss is known that is clearly below the baseline's"
+        return [*sentences, f"Which share of the gap to the teacher it closes is not said: {reason}."]
     return [
         *sentences,
         f"It closes {gap:.0%} of the gap between baseline and teacher (cross-entropy, validation part).",

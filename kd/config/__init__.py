@@ -5,7 +5,14 @@ allowed range. Which class stands at `train`, `data` and `teacher` says which tr
 the run uses, so that no run carries another's knobs.
 """
 
-from kd.config.data import MISSING, DataConfig, HubDataConfig, StdlibDataConfig, TextDataConfig
+from kd.config.data import MISSING, CorpusConfig, DataConfig, HubDataConfig, StdlibDataConfig, TextDataConfig
+from kd.config.examples import (
+    ArithmeticDataConfig,
+    ExampleConfig,
+    ExampleFilesConfig,
+    InstructionsDataConfig,
+    PreferencesDataConfig,
+)
 from kd.config.model import ModelConfig
 from kd.config.root import NAME_PATTERN, Config
 from kd.config.teacher import (
@@ -26,18 +33,24 @@ from kd.config.train import (
 )
 
 __all__ = [
+    "ArithmeticDataConfig",
     "Config",
+    "CorpusConfig",
     "DPOConfig",
     "DataConfig",
     "EmbeddedTeacherConfig",
+    "ExampleConfig",
+    "ExampleFilesConfig",
     "GRPOConfig",
     "HubDataConfig",
     "HubTeacherConfig",
+    "InstructionsDataConfig",
     "LocalTeacherConfig",
     "MISSING",
     "ModelConfig",
     "NAME_PATTERN",
     "ORPOConfig",
+    "PreferencesDataConfig",
     "PresentTeacherConfig",
     "PretrainConfig",
     "SFTConfig",

@@ -1,6 +1,7 @@
 """What to train on."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from kd.config.checks import require, require_positive
 from kd.errors import ConfigError
@@ -11,29 +12,23 @@ MISSING = "???"
 
 @dataclass
 class DataConfig:
-    """What every corpus needs: tokenizer, block length, split."""
+    """What all data need: a tokenizer and a split."""
+
+    trainers: ClassVar[tuple[str, ...]] = ()
+    """Trainers that can learn from such data, by name."""
 
     tokenizer: str = "teacher"
     """`teacher`: the teacher's own; `bpe`: byte-level BPE of model.vocab_size tokens, trained on the training part, as
-    the embedded teacher's is; else a path or Hub id."""
-    seq_len: int = 512
-    """Inputs (and targets) per block, in tokens."""
-    sample_size: int | None = 50_000_000
-    """About how many bytes of text to take, whole documents drawn at random; null: all."""
+    the embedded teacher's is; `init_from`: that of the run that init_from names; else a path or Hub id."""
     val_ratio: float = 0.1
-    """Share of documents for validation."""
+    """Share of documents, or examples, for validation."""
     test_ratio: float = 0.0
-    """Share of documents for the test part, scored once, at the end."""
-    max_train_blocks: int | None = None
-    """Train on this many blocks, spread evenly over the training part; null: all."""
-    max_eval_blocks: int | None = None
-    """Validate, and test, on this many blocks, spread evenly over their parts; null: all."""
+    """Share of documents, or examples, for the test part, scored once, at the end."""
     num_workers: int = 0
     """Processes that load batches; 0: the training process itself."""
 
     def __post_init__(self) -> None:
-        require(bool(self.tokenizer), "data.tokenizer", "''", "use teacher, bpe, a path or a Hub id")
-        require_positive("data", self, "seq_len", "sample_size", "max_train_blocks", "max_eval_blocks")
+        require(bool(self.tokenizer), "data.tokenizer", "''", "use teacher, bpe, init_from, a path or a Hub id")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it must be 0 or more")
         require(0 < self.val_ratio < 1, "data.val_ratio", self.val_ratio, "it must be in (0, 1)")
         require(0 <= self.test_ratio < 1, "data.test_ratio", self.test_ratio, "it must be in [0, 1)")
@@ -43,14 +38,42 @@ class DataConfig:
                 "their sum must be below 1."
             )
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that determine the result beyond the content of the data, by name."""
+        return {}
+
 
 @dataclass
-class StdlibDataConfig(DataConfig):
+class CorpusConfig(DataConfig):
+    """Running text, cut into blocks."""
+
+    trainers: ClassVar[tuple[str, ...]] = ("distillation", "pretrain")
+
+    seq_len: int = 512
+    """Inputs (and targets) per block, in tokens."""
+    sample_size: int | None = 50_000_000
+    """About how many bytes of text to take, whole documents drawn at random; null: all."""
+    max_train_blocks: int | None = None
+    """Train on this many blocks, spread evenly over the training part; null: all."""
+    max_eval_blocks: int | None = None
+    """Validate, and test, on this many blocks, spread evenly over their parts; null: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("data", self, "seq_len", "sample_size", "max_train_blocks", "max_eval_blocks")
+
+    def identity(self) -> dict[str, Any]:
+        """Return block length and numbers of blocks."""
+        return {name: getattr(self, name) for name in ("seq_len", "max_train_blocks", "max_eval_blocks")}
+
+
+@dataclass
+class StdlibDataConfig(CorpusConfig):
     """The embedded corpus: the source text of the running Python's standard library, split by top-level module."""
 
 
 @dataclass
-class TextDataConfig(DataConfig):
+class TextDataConfig(CorpusConfig):
     """Local files: .txt, .md, .py (a document each), .jsonl and .parquet (a document a row)."""
 
     path: str = MISSING
@@ -67,7 +90,7 @@ class TextDataConfig(DataConfig):
 
 
 @dataclass
-class HubDataConfig(DataConfig):
+class HubDataConfig(CorpusConfig):
     """A data set of the Hugging Face Hub, or a local directory in the same format."""
 
     path: str = MISSING

@@ -4,13 +4,22 @@ import re
 from dataclasses import dataclass, field
 
 from kd.config.checks import require
-from kd.config.data import DataConfig, HubDataConfig
+from kd.config.data import CorpusConfig, DataConfig, HubDataConfig
 from kd.config.model import ModelConfig
 from kd.config.teacher import EmbeddedTeacherConfig, HubTeacherConfig, TeacherConfig
-from kd.config.train import TrainerConfig, TrainingConfig
+from kd.config.train import GRPOConfig, TrainerConfig, TrainingConfig
 from kd.errors import ConfigError
 
 SMALLEST_BPE = 257
+DATA_FOR = {
+    "distillation": "a corpus: data=stdlib, data=text or data=hub",
+    "pretrain": "a corpus: data=stdlib, data=text or data=hub",
+    "sft": "prompts with responses: data=instructions, data=arithmetic or data=examples",
+    "dpo": "pairs of answers: data=preferences or data=examples",
+    "orpo": "pairs of answers: data=preferences or data=examples",
+    "grpo": "prompts with reference answers: data=arithmetic or data=examples",
+}
+"""What each trainer learns from, by its name."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -31,7 +40,8 @@ class Config:
     threads: int | None = None
     """CPU threads; null: as torch chooses."""
     init_from: str | None = None
-    """A run's directory whose last checkpoint initialises the student; null: from scratch."""
+    """A run's directory, or a pattern that fits one alone, whose last checkpoint initialises the student; null: from
+    scratch."""
     overwrite: bool = False
     """Do a finished run again."""
     tracker: str = "none"
@@ -45,27 +55,47 @@ class Config:
         device_ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         require(device_ok, "device", self.device, "use auto, cpu, cuda or cuda:N")
         require(self.tracker == "none", "tracker", self.tracker, "only none is supported")
-        if self.data.seq_len > self.model.max_seq_len:
-            raise ConfigError(
-                f"data.seq_len={self.data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}: "
-                f"set model.max_seq_len={self.data.seq_len} or shorten the blocks."
-            )
-        self._check_teacher()
+        self._check_data()
+        if isinstance(self.data, CorpusConfig):
+            self._check_teacher(self.data)
 
-    def _check_teacher(self) -> None:
+    def _check_data(self) -> None:
+        trainer, data = self.train.trainer, self.data
+        if trainer not in data.trainers:
+            raise ConfigError(
+                f"train ({trainer}) and data ({type(data).__name__}) do not go together: {trainer} learns from "
+                f"{DATA_FOR[trainer]}."
+            )
+        if isinstance(data, CorpusConfig) and data.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"data.seq_len={data.seq_len} is longer than model.max_seq_len={self.model.max_seq_len}: "
+                f"set model.max_seq_len={data.seq_len} or shorten the blocks."
+            )
+        if data.tokenizer == "init_from" and self.init_from is None:
+            raise ConfigError(
+                "data.tokenizer=init_from, but init_from is null: add init_from=RUN, the run to go on from, or set "
+                "data.tokenizer to a path or Hub id to begin from scratch."
+            )
+        if isinstance(self.train, GRPOConfig) and self.train.max_new_tokens >= self.model.max_seq_len:
+            raise ConfigError(
+                f"train.max_new_tokens={self.train.max_new_tokens} leaves no room for a prompt in "
+                f"model.max_seq_len={self.model.max_seq_len}: lower the former."
+            )
+
+    def _check_teacher(self, data: CorpusConfig) -> None:
         without_teacher = type(self.teacher) is TeacherConfig
         if isinstance(self.train, TrainingConfig) and self.train.alpha > 0 and without_teacher:
             raise ConfigError(
                 f"teacher=none with train.alpha={self.train.alpha}: distillation needs a teacher. "
                 "Set train.alpha=0, or choose a teacher."
             )
-        if self.data.tokenizer == "teacher" and without_teacher:
+        if data.tokenizer == "teacher" and without_teacher:
             raise ConfigError(
                 "data.tokenizer=teacher with teacher=none: there is no teacher whose tokenizer could be used. "
                 "Set data.tokenizer=bpe, or to a path or Hub id."
             )
         teacher = self.teacher
-        trains_bpe = self.data.tokenizer == "bpe" or isinstance(teacher, EmbeddedTeacherConfig)
+        trains_bpe = data.tokenizer == "bpe" or isinstance(teacher, EmbeddedTeacherConfig)
         if trains_bpe and self.model.vocab_size < SMALLEST_BPE:
             raise ConfigError(
                 f"model.vocab_size={self.model.vocab_size} is too small for a byte-level BPE, which needs the 256 "
@@ -73,9 +103,9 @@ class Config:
             )
         if not isinstance(teacher, EmbeddedTeacherConfig):
             return
-        if self.data.tokenizer not in ("teacher", "bpe"):
+        if data.tokenizer not in ("teacher", "bpe"):
             raise ConfigError(
-                f"data.tokenizer={self.data.tokenizer} with teacher=embedded: that teacher is trained with a "
+                f"data.tokenizer={data.tokenizer} with teacher=embedded: that teacher is trained with a "
                 "BPE of its own. Set data.tokenizer=teacher."
             )
         if teacher.model.vocab_size != self.model.vocab_size:
@@ -83,8 +113,8 @@ class Config:
                 f"teacher.model.vocab_size={teacher.model.vocab_size}, but model.vocab_size={self.model.vocab_size}: "
                 "their logits are compared column by column, so set both to the same."
             )
-        if self.data.seq_len > teacher.model.max_seq_len:
+        if data.seq_len > teacher.model.max_seq_len:
             raise ConfigError(
-                f"data.seq_len={self.data.seq_len} is longer than teacher.model.max_seq_len="
-                f"{teacher.model.max_seq_len}: set teacher.model.max_seq_len={self.data.seq_len}."
+                f"data.seq_len={data.seq_len} is longer than teacher.model.max_seq_len="
+                f"{teacher.model.max_seq_len}: set teacher.model.max_seq_len={data.seq_len}."
             )

@@ -10,6 +10,8 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 PRECISIONS = ("float32", "bfloat16", "float16")
 STRATEGIES = ("ddp", "fsdp")
+REWARDS = ("exact_text", "exact_answer")
+"""As in `kd.rewards`."""
 
 NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval", "compile", "gradient_checkpointing", "strategy")
 """What changes no result but by rounding."""
@@ -23,9 +25,13 @@ class TrainerConfig:
 
     trainer: ClassVar[str] = ""
     """Name of the trainer that takes this configuration."""
+    compiles: ClassVar[bool] = True
+    """Whether `compile` has an effect."""
+    shards: ClassVar[bool] = True
+    """Whether the trainer can do with a part of the weights in each process (`strategy=fsdp`)."""
 
     batch_size: int = 8
-    """Sequences per micro-batch."""
+    """Sequences (of preferences pairs, of GRPO prompts) per micro-batch."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     weight_decay: float = 0.01
@@ -49,7 +55,7 @@ class TrainerConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps, if that is sooner than num_epochs; null: no limit."""
     eval_blocks: int | None = None
-    """Validation blocks of the evaluations on the way (the last one takes all); null: all."""
+    """Validation blocks, or examples, of the evaluations on the way (the last one takes all); null: all."""
     compile: bool = False
     """Let torch compile the student's body: slower to start, and results differ by rounding."""
     optimizer: str = "adamw"
@@ -76,11 +82,15 @@ class TrainerConfig:
         require(self.precision in PRECISIONS, "train.precision", self.precision, f"use one of {', '.join(PRECISIONS)}")
         require(self.strategy in STRATEGIES, "train.strategy", self.strategy, f"use one of {', '.join(STRATEGIES)}")
         if self.strategy == "fsdp":
+            require(self.shards, "train.strategy", "fsdp", f"{self.trainer} needs whole models; set train.strategy=ddp")
             advice = "with train.strategy=fsdp it is not supported; use bfloat16 or float32"
             require(self.precision != "float16", "train.precision", self.precision, advice)
             require(not self.compile, "train.compile", "true", "with train.strategy=fsdp it is not supported")
         has_decay = self.decay_steps is None or self.schedule == "wsd"
         require(has_decay, "train.decay_steps", self.decay_steps, "it has an effect with train.schedule=wsd only")
+        require(
+            self.compiles or not self.compile, "train.compile", self.compile, f"{self.trainer} cannot make use of it"
+        )
         require_positive("train", self, "decay_steps", "early_stopping_patience")
         require_finite("train", self, "learning_rate", "weight_decay", "gradient_clip")
         require_positive("train", self, "batch_size", "learning_rate", "num_epochs", "gradient_clip")
@@ -147,6 +157,8 @@ class DPOConfig(TrainerConfig):
     """Direct preference optimisation."""
 
     trainer: ClassVar[str] = "dpo"
+    compiles: ClassVar[bool] = False
+    shards: ClassVar[bool] = False  # the reference is a copy of the whole model
 
     beta: float = 0.1
     """How strongly the policy is held to the reference, > 0."""
@@ -166,6 +178,7 @@ class ORPOConfig(TrainerConfig):
     """Odds-ratio preference optimisation: cross-entropy of the chosen answer + beta * odds-ratio loss."""
 
     trainer: ClassVar[str] = "orpo"
+    compiles: ClassVar[bool] = False
 
     beta: float = 0.1
     """Weight of the odds-ratio loss (lambda in the paper), > 0."""
@@ -181,6 +194,8 @@ class GRPOConfig(TrainerConfig):
     """Group-relative policy optimisation. A batch is of prompts."""
 
     trainer: ClassVar[str] = "grpo"
+    compiles: ClassVar[bool] = False
+    shards: ClassVar[bool] = False  # as for DPO; and responses are sampled with all weights
 
     group_size: int = 8
     """Responses to each prompt, which are judged against each other; at least 2."""
@@ -196,11 +211,15 @@ class GRPOConfig(TrainerConfig):
     """Longest response, in tokens."""
     sampling_temperature: float = 1.0
     """Of the responses that are trained on, > 0."""
+    reward: str = "exact_text"
+    """Of a command's runs (in Python, `reward_fn` is given). exact_text: 1 if the response is the reference answer;
+    exact_answer: 1 if the first number in it is; else 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_finite("train", self, "clip_range", "kl_coef", "entropy_coef", "sampling_temperature")
         require_positive("train", self, "clip_range", "optimization_epochs", "max_new_tokens", "sampling_temperature")
+        require(self.reward in REWARDS, "train.reward", self.reward, f"use one of {', '.join(REWARDS)}")
         require(self.group_size >= 2, "train.group_size", self.group_size, "it must be 2 or more")
         for name in ("kl_coef", "entropy_coef"):
             value = getattr(self, name)

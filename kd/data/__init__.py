@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kd.data.embedded.preferences import preference_examples
     from kd.data.encoding import (
         EncodedAnswers,
+        EncodedExamples,
         EncodedPreferences,
         EncodedPrompts,
         encode_answers,
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     )
     from kd.data.example_files import read_answers, read_preferences, read_prompts
     from kd.data.example_loaders import example_eval_loader, example_train_loader
+    from kd.data.example_sets import answer_set, preference_set, prompt_set
     from kd.data.examples import (
         AnswerExample,
         ChatExample,
+        Example,
         ExampleSet,
         Message,
         PreferenceExample,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     )
     from kd.data.loaders import BlockLoader, PositionedLoader, eval_loader, train_loader
     from kd.data.tokenizers import (
+        TokenizerSource,
         bpe_fingerprint,
         bpe_tokenizer_directory,
         directory_tokenizer_fingerprint,
@@ -53,15 +57,19 @@ _MODULES = {
     "ChatExample": "examples",
     "Corpus": "corpora",
     "EncodedAnswers": "encoding",
+    "EncodedExamples": "encoding",
     "EncodedPreferences": "encoding",
     "EncodedPrompts": "encoding",
+    "Example": "examples",
     "ExampleSet": "examples",
     "Message": "examples",
     "PackedBlocks": "blocks",
     "PositionedLoader": "loaders",
     "PreferenceExample": "examples",
     "PromptExample": "examples",
+    "TokenizerSource": "tokenizers",
     "WikiDataset": "wiki",
+    "answer_set": "example_sets",
     "arithmetic_answers": "embedded.arithmetic",
     "arithmetic_prompts": "embedded.arithmetic",
     "bpe_fingerprint": "tokenizers",
@@ -81,6 +89,8 @@ _MODULES = {
     "mix_answers": "embedded.mixture",
     "num_token_ids": "tokenizers",
     "preference_examples": "embedded.preferences",
+    "preference_set": "example_sets",
+    "prompt_set": "example_sets",
     "read_answers": "example_files",
     "read_corpus": "corpora",
     "read_preferences": "example_files",
@@ -99,15 +109,19 @@ __all__ = [
     "ChatExample",
     "Corpus",
     "EncodedAnswers",
+    "EncodedExamples",
     "EncodedPreferences",
     "EncodedPrompts",
+    "Example",
     "ExampleSet",
     "Message",
     "PackedBlocks",
     "PositionedLoader",
     "PreferenceExample",
     "PromptExample",
+    "TokenizerSource",
     "WikiDataset",
+    "answer_set",
     "arithmetic_answers",
     "arithmetic_prompts",
     "bpe_fingerprint",
@@ -127,6 +141,8 @@ __all__ = [
     "mix_answers",
     "num_token_ids",
     "preference_examples",
+    "preference_set",
+    "prompt_set",
     "read_answers",
     "read_corpus",
     "read_preferences",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from kd.config import DataConfig, HubDataConfig, StdlibDataConfig, TextDataConfig
+from kd.config import CorpusConfig, HubDataConfig, StdlibDataConfig, TextDataConfig
 from kd.data.sources.base import Documents, name_rank
 from kd.data.sources.stdlib import read_stdlib
 from kd.data.sources.text import read_text_files
@@ -52,7 +52,7 @@ class Corpus:
         return [self.source.documents[index].id for index in self.parts[part]]
 
 
-def read_corpus(config: DataConfig) -> Corpus:
+def read_corpus(config: CorpusConfig) -> Corpus:
     """Read, draw and split the corpus that a data configuration names.
 
     Documents are drawn in an order that depends on their ids alone until `sample_size` bytes are reached.
@@ -122,7 +122,7 @@ def _give_each_one(members: dict[str, list[str]], sizes: Mapping[str, int]) -> N
         groups.append(smallest)
 
 
-def _read_source(config: DataConfig) -> Documents:
+def _read_source(config: CorpusConfig) -> Documents:
     if isinstance(config, StdlibDataConfig):
         return read_stdlib(config)
     if isinstance(config, TextDataConfig):
@@ -134,7 +134,7 @@ def _read_source(config: DataConfig) -> Documents:
     raise ConfigError(f"data is a {type(config).__name__}, which names no corpus: use stdlib, text or a Hub data set.")
 
 
-def _held_out_ratios(config: DataConfig) -> dict[str, float]:
+def _held_out_ratios(config: CorpusConfig) -> dict[str, float]:
     ratios = {VALIDATION: config.val_ratio}
     if config.test_ratio > 0:
         ratios[TEST] = config.test_ratio

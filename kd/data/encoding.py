@@ -101,6 +101,15 @@ class EncodedExamples(Dataset[dict[str, Tensor]], ABC):
         return {**self._batch(index), "example_id": torch.from_numpy(self.example_ids[list(index)])}
 
     @abstractmethod
+    def prompt(self, position: int) -> Ids:
+        """Return the token ids of one example's prompt, (length,)."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Ids:
+        """Tokens of each example, of its longer answer where there are two, (len,)."""
+
+    @abstractmethod
     def _batch(self, index: Indexes) -> dict[str, Tensor]:
         """Return the padded tensors of the examples at these positions."""
 
@@ -143,6 +152,15 @@ class EncodedAnswers(EncodedExamples):
         """Targets in all examples."""
         return int((self._rows.lengths - self._prompt_lengths).sum())
 
+    def prompt(self, position: int) -> Ids:
+        """Return the token ids of one example's prompt, (length,)."""
+        return self._rows.row(position)[: self._prompt_lengths[position]]
+
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each prompt with its response, (len,)."""
+        return self._rows.lengths
+
     def _batch(self, index: Indexes) -> dict[str, Tensor]:
         rows = [self._rows.row(position) for position in index]
         input_ids, mask = self._padded([row[:-1] for row in rows], self.pad_id)
@@ -179,6 +197,16 @@ class EncodedPreferences(EncodedExamples):
         super().__init__(example_ids, pad_id, limit, outcome)
         self._rows = {"prompt": prompts, "chosen": chosen, "rejected": rejected}
 
+    def prompt(self, position: int) -> Ids:
+        """Return the token ids of one example's prompt, (length,)."""
+        return self._rows["prompt"].row(position)
+
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each prompt with its longer answer, (len,)."""
+        answers = np.maximum(self._rows["chosen"].lengths, self._rows["rejected"].lengths)
+        return np.asarray(self._rows["prompt"].lengths + answers)
+
     def _batch(self, index: Indexes) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
         for name, rows in self._rows.items():
@@ -202,11 +230,21 @@ class EncodedPrompts(EncodedExamples):
         """Keep prompts and their reference answers; made by `encode_prompts`."""
         super().__init__(example_ids, pad_id, limit, outcome)
         self._prompts = prompts
-        self._answers = dict(zip(example_ids, answers, strict=True))
+        self.answers = dict(zip(example_ids, answers, strict=True))
+        """Reference answers by example id."""
 
     def references(self, example_ids: Tensor) -> list[str]:
         """Return the reference answers of examples by their ids (B,)."""
-        return [self._answers[example_id] for example_id in example_ids.tolist()]
+        return [self.answers[example_id] for example_id in example_ids.tolist()]
+
+    def prompt(self, position: int) -> Ids:
+        """Return the token ids of one example's prompt, (length,)."""
+        return self._prompts.row(position)
+
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each prompt, (len,)."""
+        return self._prompts.lengths
 
     def _batch(self, index: Indexes) -> dict[str, Tensor]:
         ids, mask = self._padded([self._prompts.row(position) for position in index], self.pad_id, left=True)

@@ -17,17 +17,21 @@ D = TypeVar("D", bound=Dataset[dict[str, Tensor]])
 class BatchOrder(Sampler[list[int]]):
     """The batches of one epoch as lists of indexes into a data set."""
 
-    def __init__(self, num_blocks: int, batch_size: int, seed: int | None) -> None:
+    def __init__(self, num_blocks: int, batch_size: int, seed: int | None, unit: int = 1) -> None:
         """Set up the order.
 
         Args:
             num_blocks: Length of the data set.
-            batch_size: Blocks per batch.
+            batch_size: Blocks per batch. Where it is no multiple of `unit`, a batch may end within a unit, with whose
+                rest the next one begins.
             seed: Shuffles, and leaves out an incomplete last batch; None: in order, and keeps it.
+            unit: So many blocks that lie next to each other in the data set are shuffled as one; those left over at its
+                end are a smaller unit.
         """
         self.num_blocks = num_blocks
         self.batch_size = batch_size
         self.seed = seed
+        self.unit = unit
         self.epoch = 0
         self.batches: Sequence[int] | None = None
         """Numbers of the batches that the next iteration yields, and it alone; None: all."""
@@ -48,7 +52,9 @@ class BatchOrder(Sampler[list[int]]):
         if self.seed is None:
             return np.arange(self.num_blocks)
         # RandomState's stream is frozen for good: a run can be resumed under another version of numpy or torch.
-        return np.random.RandomState([self.seed, self.epoch]).permutation(self.num_blocks)
+        units = np.random.RandomState([self.seed, self.epoch]).permutation(-(-self.num_blocks // self.unit))
+        order = (units[:, None] * self.unit + np.arange(self.unit)).ravel()
+        return order[order < self.num_blocks]
 
 
 class PositionedLoader(DataLoader[dict[str, Tensor]], Generic[D]):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,26 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where a tokenizer comes from. Without a location it is a BPE that is trained on the corpus."""
+
+    fingerprint: str
+    location: str | None = None
+    """Directory or Hub id."""
+    revision: str | None = None
+    gguf_file: str | None = None
+
+    def load(self) -> "PreTrainedTokenizerFast":
+        """Load the tokenizer; it must have a location.
+
+        Raises:
+            DataError: if it is not there or cannot be read.
+        """
+        assert self.location is not None
+        return load_tokenizer(self.location, self.revision, self.gguf_file)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":

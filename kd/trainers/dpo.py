@@ -40,7 +40,6 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
     """
 
     config_class = DPOConfig
-    can_shard = False  # the reference is a copy of the whole model
 
     def __init__(
         self,

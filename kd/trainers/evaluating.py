@@ -134,10 +134,11 @@ class EvaluatingTrainer(TrainerState[C], ABC):
         self._write_history()
 
     def record_test(self, scores: Scores) -> None:
-        """Enter the test part's loss and perplexity into the history."""
-        metrics = scores.metrics()
-        for key in ("loss", "ppl"):
-            self.history.totals[f"test_{key}"] = self.history.finite(f"test_{key}", metrics.get(f"val_{key}"))
+        """Enter the test part's loss, and what else is known of it, into the history as `test_*`."""
+        for key, value in scores.metrics().items():
+            if value is not None:
+                name = key.replace("val_", "test_", 1)
+                self.history.totals[name] = self.history.finite(name, value)
         self._write_history()
 
     def _bits_per_byte(self, scores: BlockScores) -> float | None:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,22 @@ from torch import Tensor
 from kd.linear_distillation import TokenScores
 from kd.losses import IGNORE_INDEX, token_agreement
 
+Table = npt.NDArray[Any]
+NORMAL_95 = 1.959964
+"""The quantile of the normal distribution that two-sided 95 % intervals have."""
+
 
 class Scores(Protocol):
     """What an evaluation gives for each of its blocks or examples."""
+
+    @property
+    def unit(self) -> str:
+        """What they are of, in the plural."""
+        ...
+
+    def table(self, ids: npt.NDArray[np.int64] | None) -> Table:
+        """Return them as a structured array with a row each, and what each is by `ids` (-1: unknown)."""
+        ...
 
     def __len__(self) -> int:
         """Return how many blocks or examples there are."""
@@ -41,21 +54,47 @@ class ExampleScores:
     """Values of each example by name, `loss` among them. Each is a 1-D float64 tensor on the CPU."""
 
     columns: dict[str, Tensor]
+    shares: tuple[str, ...] = ()
+    """Columns of values in [0, 1] whose mean is a share of the examples."""
+    unit: ClassVar[str] = "examples"
 
     def __len__(self) -> int:
         return len(self.columns["loss"])
 
+    def table(self, ids: npt.NDArray[np.int64] | None) -> Table:
+        """Return a structured array: example (int64, -1: unknown) and the columns (float64)."""
+        table = np.zeros(len(self), dtype=[("example", "<i8"), *((name, "<f8") for name in self.columns)])
+        table["example"] = -1 if ids is None else ids
+        for name, column in self.columns.items():
+            table[name] = column.numpy()
+        return table
+
     def first(self, count: int) -> "ExampleScores":
         """Return the scores of the first `count` examples."""
-        return ExampleScores({name: column[:count] for name, column in self.columns.items()})
+        return replace(self, columns={name: column[:count] for name, column in self.columns.items()})
 
     def joined(self, parts: Sequence["ExampleScores"]) -> "ExampleScores":
         """Return the scores of parts, one after the other."""
-        return ExampleScores({name: torch.cat([part.columns[name] for part in parts]) for name in self.columns})
+        return replace(self, columns={name: torch.cat([part.columns[name] for part in parts]) for name in self.columns})
 
     def metrics(self) -> dict[str, float | None]:
-        """Return each column's mean over the examples under `val_` and its name."""
-        return {f"val_{name}": float(column.mean()) for name, column in self.columns.items()}
+        """Return each column's mean over the examples under `val_` and its name; of a share also `_low`, its bound."""
+        metrics: dict[str, float | None] = {}
+        for name, column in self.columns.items():
+            metrics[f"val_{name}"] = mean = float(column.mean())
+            if name in self.shares:
+                metrics[f"val_{name}_low"] = lower_bound(mean, len(column))
+        return metrics
+
+
+def lower_bound(share: float, count: int) -> float:
+    """Return the lower end of the 95 % interval of a share of `count` independent examples.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    z = NORMAL_95
+    spread = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return (share + z * z / (2 * count) - spread) / (1 + z * z / count)
 
 
 @dataclass(frozen=True)
@@ -70,6 +109,7 @@ class BlockScores:
     kl: Tensor | None = None
     agreement: Tensor | None = None
     teacher_nll: Tensor | None = None
+    unit: ClassVar[str] = "blocks"
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -99,13 +139,18 @@ class BlockScores:
             "teacher_val_ppl": None if teacher_loss is None else perplexity(teacher_loss),
         }
 
-    def save(self, path: Path, document_ids: npt.NDArray[np.int64] | None) -> None:
-        """Write a structured array: document (int64, -1: unknown), tokens (int64), nll (float64, summed nats)."""
+    def table(self, ids: npt.NDArray[np.int64] | None) -> Table:
+        """Return a structured array: document (int64, -1: unknown), tokens (int64), nll (float64, summed nats)."""
         table = np.zeros(len(self.tokens), dtype=[("document", "<i8"), ("tokens", "<i8"), ("nll", "<f8")])
-        table["document"] = -1 if document_ids is None else document_ids
+        table["document"] = -1 if ids is None else ids
         table["tokens"] = self.tokens.numpy()
         table["nll"] = self.nll.numpy()
-        np.save(path, table, allow_pickle=False)
+        return table
+
+
+def save_scores(scores: Scores, directory: Path, part: str, ids: npt.NDArray[np.int64] | None) -> None:
+    """Write scores as `{part}_blocks.npy` or `{part}_examples.npy`; see their `table`."""
+    np.save(directory / f"{part}_{scores.unit}.npy", scores.table(ids), allow_pickle=False)
 
 
 def perplexity(loss: float) -> float:

@@ -1,19 +1,15 @@
 """What the trainers on pairs of answers share: batches, the answers' log-probabilities, rewards and scores."""
 
-from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kd.config import TrainerConfig
 from kd.losses import IGNORE_INDEX
-from kd.trainers.answers import AnswerScorer, join_answers
-from kd.trainers.base import BaseTrainer, Terms
+from kd.trainers.answers import AnswerTrainer, join_answers
+from kd.trainers.base import Terms
 from kd.trainers.evaluation import ExampleScores
-from kd.trainers.state import Batch
-
-C = TypeVar("C", bound=TrainerConfig)
+from kd.trainers.state import Batch, C
 
 
 class PairLogprobs(NamedTuple):
@@ -25,22 +21,17 @@ class PairLogprobs(NamedTuple):
     """Number of an answer's tokens."""
 
 
-class PreferenceTrainer(BaseTrainer[C]):
+class PreferenceTrainer(AnswerTrainer[C]):
     """Trains on pairs of answers to a prompt, one of which was chosen.
 
     Batches hold `prompt_`, `chosen_` and `rejected_` x `input_ids` and `attention_mask` (B, L of each), padded on
     either side; answers come without the prompt, which the trainer puts before them.
+
+    The accuracy is the share of pairs whose chosen answer has the larger reward. A tie counts one half, as a guess
+    would: where policy and reference are the same, before training, it is 0.5.
     """
 
     loss_terms: tuple[str, ...] = ("reward_margin", "reward_accuracy")
-
-    @cached_property
-    def scorer(self) -> AnswerScorer:
-        """The trained model and its log-probabilities."""
-        return AnswerScorer(self.model)
-
-    def _trained_module(self) -> nn.Module:
-        return self.scorer
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -64,12 +55,17 @@ class PreferenceTrainer(BaseTrainer[C]):
     def _reward_terms(self, rewards: Tensor) -> Terms:
         """Return the mean margin and accuracy of rewards (B, 2)."""
         margin = (rewards[:, 0] - rewards[:, 1]).detach()
-        return {"reward_margin": margin.mean(), "reward_accuracy": (margin > 0).float().mean()}
+        return {"reward_margin": margin.mean(), "reward_accuracy": _won(margin).mean()}
 
     def _pair_scores(self, losses: Tensor, rewards: Tensor) -> ExampleScores:
         margin = rewards[:, 0] - rewards[:, 1]
-        columns = {"loss": losses, "reward_margin": margin, "reward_accuracy": margin > 0}
-        return ExampleScores({name: column.double().cpu() for name, column in columns.items()})
+        columns = {"loss": losses, "reward_margin": margin, "reward_accuracy": _won(margin)}
+        return ExampleScores({name: column.double().cpu() for name, column in columns.items()}, ("reward_accuracy",))
+
+
+def _won(margin: Tensor) -> Tensor:
+    """Return 1 where a margin is above 0, 0 where it is below, and one half where it is 0."""
+    return (margin.sign() + 1) / 2
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:

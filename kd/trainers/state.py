@@ -45,8 +45,6 @@ class TrainerState(Generic[C]):
     """Terms that `_compute_loss` reports; each is a column of the history."""
     units_of_terms: Mapping[str, int] = {}
     """Where a loss has K parts: which of its units a term is a mean over, by name; the last one if not named."""
-    can_shard: ClassVar[bool] = True
-    """Whether `train.strategy=fsdp` is supported."""
 
     def __init__(
         self,
@@ -69,7 +67,7 @@ class TrainerState(Generic[C]):
         self.total_steps = self._count_steps()
         self._check_early_stopping()
         # Before the optimizer, which must be of the weights that this leaves.
-        self.strategy = make_strategy(self.config.strategy, self._trained_module, self.can_shard)
+        self.strategy = make_strategy(self.config.strategy, self._trained_module)
         self.optimizer = optimizer or configure_optimizer(
             self.model, self.config.optimizer, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
         )

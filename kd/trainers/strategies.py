@@ -101,16 +101,15 @@ class Replicated(OneProcess):
             )
 
 
-def make_strategy(name: str, trained: Callable[[], nn.Module], can_shard: bool) -> OneProcess:
+def make_strategy(name: str, trained: Callable[[], nn.Module]) -> OneProcess:
     """Return how to train a module in this process's group.
 
     Args:
         name: "ddp" or "fsdp".
         trained: Gives the module.
-        can_shard: Whether its trainer works with parts of weights.
 
     Raises:
-        ConfigError: if sharding was asked for where it cannot be.
+        ConfigError: if sharding was asked for in one process alone.
     """
     if name == "fsdp":
         if not is_distributed():
@@ -118,8 +117,6 @@ def make_strategy(name: str, trained: Callable[[], nn.Module], can_shard: bool) 
                 "train.strategy=fsdp shares weights among processes, and there is one alone: start several with "
                 "torchrun --nproc-per-node=N, or leave train.strategy out."
             )
-        if not can_shard:
-            raise ConfigError("train.strategy=fsdp is not supported by this trainer: set train.strategy=ddp.")
         from kd.trainers.sharded import Sharded  # here: a plain start need not wait for it
 
         return Sharded(trained)

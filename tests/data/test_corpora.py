@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.config import DataConfig, HubDataConfig, StdlibDataConfig, TextDataConfig
+from kd.config import CorpusConfig, HubDataConfig, StdlibDataConfig, TextDataConfig
 from kd.data.corpora import Corpus, read_corpus, split_groups
 from kd.errors import ConfigError, DataError
 
@@ -175,7 +175,7 @@ def test_a_path_without_files_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_a_configuration_without_a_corpus_is_refused() -> None:
     with pytest.raises(ConfigError, match="names no corpus"):
-        read_corpus(DataConfig())
+        read_corpus(CorpusConfig())
 
 
 @given(

@@ -8,9 +8,12 @@ import torch
 from kd.data import (
     AnswerExample,
     EncodedAnswers,
+    EncodedPreferences,
     PositionedLoader,
+    PreferenceExample,
     PromptExample,
     encode_answers,
+    encode_preferences,
     encode_prompts,
     example_eval_loader,
     example_train_loader,
@@ -20,7 +23,7 @@ from kd.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Loader = PositionedLoader[EncodedAnswers]
+Loader = PositionedLoader[EncodedAnswers] | PositionedLoader[EncodedPreferences]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +97,93 @@ def test_less_than_one_batch_and_impossible_positions_are_refused(examples: Enco
     for epoch, batch in [(-1, 0), (0, -1), (0, 7)]:
         with pytest.raises(ValueError, match="6 batches"):
             example_train_loader(examples, 8, 0).set_position(epoch, batch)
+
+
+# --- units -------------------------------------------------------------------------------------------------------
+
+GONE = {3, 10, 11, 24}
+"""Of the examples below, whose twins are 2, 25 and among themselves."""
+TWINS = {number for pair in range(20) for number in (2 * pair, 2 * pair + 1) if pair not in (1, 5, 12)}
+
+
+@pytest.fixture(scope="module")
+def twins(byte_tokenizer: "PreTrainedTokenizerFast") -> EncodedPreferences:
+    """40 pairs that lend each other their answers; the prompts of some are too long."""
+    prompts = ["p" * (99 if number in GONE else 5) for number in range(40)]
+    answers = [f"a {number}" for number in range(40)]
+    pairs = [PreferenceExample(prompts[i], answers[i], answers[i ^ 1]) for i in range(40)]
+    return encode_preferences(pairs, byte_tokenizer, 32, first_id=100)
+
+
+def test_twins_are_in_one_batch_and_without_the_other_in_none(twins: EncodedPreferences) -> None:
+    assert len(twins) == 36
+    loader = example_train_loader(twins, 4, 0, unit=2)
+    batches = _ids(loader)
+    assert len(loader) == len(batches) == 34 // 4
+    for batch in batches:
+        assert {number - 100 for number in batch} <= TWINS
+        assert {number ^ 1 for number in batch} == set(batch)
+    whole = example_train_loader(twins, 34, 0, unit=2)
+    assert {number - 100 for number in _ids(whole)[0]} == TWINS
+    assert [number for batch in batches for number in batch] == _ids(whole)[0][:32]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_where_twins_do_not_fit_a_batch_the_next_begins_with_the_other(
+    batch_size: int, twins: EncodedPreferences
+) -> None:
+    flat = [number for batch in _ids(example_train_loader(twins, batch_size, 0, unit=2)) for number in batch]
+    assert [number ^ 1 for number in flat[: len(flat) // 2 * 2 : 2]] == flat[1::2]
+
+
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_any_position_among_twins_can_be_returned_to(batch_size: int, twins: EncodedPreferences) -> None:
+    loader = example_train_loader(twins, batch_size, 3, unit=2)
+    loader.set_position(2)
+    whole = _ids(loader)
+    assert whole != _ids(example_train_loader(twins, batch_size, 3, unit=2))
+    for start in range(len(loader) + 1):
+        again = example_train_loader(twins, batch_size, 3, unit=2)
+        again.set_position(2, start)
+        assert _ids(again) == whole[start:]
+
+
+def test_less_than_one_batch_of_whole_units_is_refused(twins: EncodedPreferences) -> None:
+    assert len(example_train_loader(twins, 36, 0)) == 1
+    with pytest.raises(DataError, match=r"34 training examples \(36 of 40 .*; 2 of these are not trained on"):
+        example_train_loader(twins, 36, 0, unit=2)
+
+
+# --- similar lengths in one batch ----------------------------------------------------------------------------------
+
+
+def test_batches_of_similar_lengths_hold_the_same_examples_with_less_padding(examples: EncodedAnswers) -> None:
+    def padded(by_length: bool) -> int:
+        loader = example_train_loader(examples, 8, 3, by_length=by_length)
+        batches = list(loader)
+        assert len(batches) == len(loader) == 6
+        ids = [number for batch in batches for number in batch["example_id"].tolist()]
+        assert len(set(ids)) == 48
+        return sum(batch["attention_mask"].numel() for batch in batches)
+
+    assert padded(by_length=True) < padded(by_length=False)
+
+
+def test_the_order_by_length_depends_on_seed_and_epoch_and_can_be_returned_to(examples: EncodedAnswers) -> None:
+    def epoch(seed: int, number: int, start: int = 0) -> list[list[int]]:
+        loader = example_train_loader(examples, 8, seed, by_length=True)
+        loader.set_position(number, start)
+        return _ids(loader)
+
+    orders = [epoch(seed, number) for seed in range(2) for number in range(2)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+    lengths = [[examples.lengths[number] for number in batch] for batch in epoch(0, 0)]
+    assert [max(batch) for batch in lengths] != sorted(max(batch) for batch in lengths)
+    assert all(epoch(1, 2, start) == epoch(1, 2)[start:] for start in range(7))
+
+
+def test_twins_stay_together_among_similar_lengths(twins: EncodedPreferences) -> None:
+    batches = _ids(example_train_loader(twins, 4, 0, unit=2, by_length=True))
+    assert all({number ^ 1 for number in batch} == set(batch) for batch in batches)
+    odd = example_train_loader(twins, 5, 0, unit=2, by_length=True)
+    assert _ids(odd) == _ids(example_train_loader(twins, 5, 0, unit=2))

@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kd.data import BlockLoader, PackedBlocks, build_blocks, eval_loader, train_loader
+from kd.data.loaders import BatchOrder
 from kd.errors import DataError
 
 from .conftest import MakeCorpus
@@ -96,3 +100,43 @@ def test_less_than_one_batch_is_refused(blocks: PackedBlocks) -> None:
 def test_an_impossible_position_is_refused(epoch: int, batch: int, blocks: PackedBlocks) -> None:
     with pytest.raises(ValueError, match="6 batches"):
         train_loader(blocks, 8, 0).set_position(epoch, batch)
+
+
+# --- units -------------------------------------------------------------------------------------------------------
+
+
+@given(length=st.integers(1, 40), unit=st.integers(1, 6), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 3))
+def test_units_are_shuffled_whole(length: int, unit: int, seed: int, epoch: int) -> None:
+    order = BatchOrder(length, length, seed, unit)
+    order.epoch = epoch
+    (batch,) = order
+    units = [list(range(start, min(start + unit, length))) for start in range(0, length, unit)]
+    assert sorted(batch) == list(range(length))
+    places = [batch.index(members[0]) for members in units]
+    assert all(batch[place : place + len(members)] == members for place, members in zip(places, units, strict=True))
+
+
+@given(length=st.integers(1, 40), batch_size=st.integers(1, 8), seed=st.integers(0, 2**32 - 1))
+def test_units_of_one_leave_the_order_as_it_is(length: int, batch_size: int, seed: int) -> None:
+    expected = np.random.RandomState([seed, 0]).permutation(length).tolist()
+    batches = list(BatchOrder(length, batch_size, seed))
+    assert batches == [expected[i * batch_size : (i + 1) * batch_size] for i in range(length // batch_size)]
+
+
+def test_units_are_in_one_batch_and_in_another_order_each_epoch() -> None:
+    order = BatchOrder(60, 6, 0, unit=3)
+    epochs = []
+    for epoch in range(3):
+        order.epoch = epoch
+        epochs.append(list(order))
+        assert all(len({item // 3 for item in batch}) == 2 for batch in epochs[-1])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_a_position_among_units_gives_the_remaining_batches() -> None:
+    for batch_size in (4, 5):
+        whole = list(BatchOrder(22, batch_size, 7, unit=2))
+        for first in range(len(whole) + 1):
+            order = BatchOrder(22, batch_size, 7, unit=2)
+            order.first_batch = first
+            assert list(order) == whole[first:]

@@ -185,10 +185,6 @@ def _an_optimizer_of_whole_weights(folder: Path) -> None:
     PretrainTrainer(model, configure_optimizer(model), make_batches(6), config=config, run_dir=folder)
 
 
-def _parts_of_a_reference(folder: Path) -> None:
-    dpo(make_student(), [make_pairs(2)] * 4, strategy="fsdp", run_dir=folder)
-
-
 def _three_to_two(folder: Path) -> None:
     with alone():
         one = pretrain(make_student(), make_batches(6), gradient_accumulation_steps=3)
@@ -202,7 +198,6 @@ FAULTS: dict[str, Callable[[Path], None]] = {
     "careless": _model_called_alone,
     "memory": _out_of_memory,
     "optimizer": _an_optimizer_of_whole_weights,
-    "reference": _parts_of_a_reference,
     "three": _three_to_two,
 }
 

@@ -31,7 +31,6 @@ LIMIT = 60
         ("careless", 1, ["self.module"]),
         ("memory", 1, []),
         ("optimizer", 2, ["train.strategy=fsdp", "optimizer"]),
-        ("reference", 2, ["train.strategy=fsdp", "train.strategy=ddp"]),
         ("three", 2, ["3 micro-batches", "2 processes"]),
     ],
 )

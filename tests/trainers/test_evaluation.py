@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from torch import Tensor
 
 from kd.losses import IGNORE_INDEX, token_agreement, token_kl, token_nll
-from kd.trainers.evaluation import BlockScores, join, perplexity, score_logits
+from kd.trainers.evaluation import BlockScores, ExampleScores, join, perplexity, save_scores, score_logits
 
 ROWS, LENGTH, VOCAB = 4, 6, 9
 
@@ -118,10 +119,28 @@ def test_the_file_of_block_scores_needs_no_pickle(
     tmp_path: Path, documents: "np.ndarray[tuple[int], np.dtype[np.int64]] | None"
 ) -> None:
     scores = score_logits(make_logits(0), make_logits(1), make_labels((0, 2, 5, 6)))
-    scores.save(tmp_path / "val_blocks.npy", documents)
+    save_scores(scores, tmp_path, "val", documents)
     table = np.load(tmp_path / "val_blocks.npy", allow_pickle=False)
     assert table.dtype.names == ("document", "tokens", "nll")
     assert table["document"].tolist() == ([-1] * 4 if documents is None else [0, 0, 3, 7])
     assert table["tokens"].tolist() == [6, 4, 1, 0]
     assert table["nll"].tolist() == scores.nll.tolist()
     assert table["nll"].sum() / table["tokens"].sum() == pytest.approx(scores.metrics()["val_loss"])
+
+
+def test_the_file_of_example_scores_has_a_column_for_each_score(tmp_path: Path) -> None:
+    scores = ExampleScores({"loss": torch.tensor([0.5, 0.25]).double(), "reward": torch.tensor([1.0, 0.0]).double()})
+    save_scores(scores, tmp_path, "test", np.array([7, 9]))
+    table = np.load(tmp_path / "test_examples.npy", allow_pickle=False)
+    assert table.dtype.names == ("example", "loss", "reward")
+    assert table.tolist() == [(7, 0.5, 1.0), (9, 0.25, 0.0)]
+    assert scores.metrics() == {"val_loss": 0.375, "val_reward": 0.5}
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 5), (5, 5), (30, 50), (600, 1000)])
+def test_the_lower_bound_of_a_share_is_wilsons(hits: int, count: int) -> None:
+    column = (torch.arange(count) < hits).double()
+    metrics = ExampleScores({"loss": column, "reward_accuracy": column}, ("reward_accuracy",)).metrics()
+    expected = binomtest(hits, count).proportion_ci(method="wilson").low
+    assert metrics["val_reward_accuracy_low"] == pytest.approx(expected, abs=1e-6)
+    assert "val_loss_low" not in metrics

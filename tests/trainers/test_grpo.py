@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kd.config import GRPOConfig
 from kd.errors import Interrupted
 from kd.losses import IGNORE_INDEX
 from kd.model import StudentModel
@@ -142,7 +143,7 @@ def test_groups_of_equal_rewards_give_no_gradient() -> None:
     before = weights(trainer.model)
     terms = trainer.training_step(rollouts)
     assert (terms["loss"], terms["constant_groups"]) == (0.0, 1.0)
-    assert all(not p.grad.any() for p in trainer.model.parameters() if p.grad is not None)
+    assert all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
     trainer.train()
     assert same_tensors(before, weights(trainer.model))
 
@@ -153,6 +154,17 @@ def test_responses_without_tokens_give_zero() -> None:
     terms = grpo(make_student(), entropy_coef=0.1).training_step(rollouts)
     assert all(math.isfinite(value) for value in terms.values())
     assert terms["loss"] == 0
+
+
+def test_groups_of_equal_rewards_spoil_no_others_of_their_step() -> None:
+    constant, telling = make_rollouts(2, seed=1), make_rollouts(3)
+    constant["rewards"] = torch.full_like(constant["rewards"], 0.3)
+    settings: dict[str, Any] = {"num_epochs": 2, "gradient_accumulation_steps": 2, "log_interval": 1, **NO_PENALTY}
+    trainer = grpo(make_student(), [constant, telling], **settings)
+    history: Any = trainer.train()
+    assert all(norm > 0 for norm in history["grad_norm"])
+    assert all(math.isfinite(loss) and loss != 0 for loss in history["train_loss"])
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 
 # --- the reference ----------------------------------------------------------------------------------------------
@@ -200,13 +212,13 @@ def windowed(run_dir: Path, seed: int = 0, **settings: Any) -> Any:
 def test_each_window_of_rollouts_takes_two_steps(tmp_path: Path) -> None:
     trainer = windowed(tmp_path, clip_range=1e-3, warmup_steps=3)
     samples: list[int] = []
-    sample = trainer._sample
+    draw_responses = trainer.rollouts.draw
 
-    def counting(batch: Batch) -> Batch:
+    def counting(batch: Batch, config: GRPOConfig) -> Batch:
         samples.append(trainer.step)
-        return sample(batch)  # type: ignore[no-any-return]
+        return draw_responses(batch, config)  # type: ignore[no-any-return]
 
-    trainer._sample = counting
+    trainer.rollouts.draw = counting
     history = trainer.train()
     assert trainer.total_steps == trainer.step == 12
     assert samples == [0, 0, 2, 2, 4, 6, 6, 8, 8, 10]
@@ -242,6 +254,36 @@ def test_the_second_step_counts_the_ratio_to_the_policy_of_the_first() -> None:
         other.model.load_state_dict(before)
         other.training_step({**rollouts, "old_logprobs": old})
         torch.testing.assert_close(other.model.get_parameter("norm.weight").grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def without_old_logprobs(seed: int = 0) -> Batch:
+    return {name: value for name, value in make_rollouts(4, seed).items() if name != "old_logprobs"}
+
+
+def test_the_ratio_of_the_first_epoch_is_exactly_one() -> None:
+    trainer = grpo(make_student(), optimization_epochs=2)
+    prepared = trainer._prepare_batch(without_old_logprobs())
+    assert torch.equal(prepared["old_logprobs"], trainer._forward(prepared).policy.logprobs.detach())
+    assert not prepared["old_logprobs"].requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_old_log_probabilities_know_no_dropout(training: bool) -> None:
+    trainer = grpo(make_student(dropout=0.5), optimization_epochs=2)
+    trainer.model.train(training)
+    prepared = trainer._prepare_batch(without_old_logprobs())
+    assert all(module.training == training for module in trainer.model.modules())
+    expected = grpo(make_student(), optimization_epochs=2)._prepare_batch(without_old_logprobs())
+    assert torch.equal(prepared["old_logprobs"], expected["old_logprobs"])
+
+
+def test_with_dropout_the_ratio_is_one_in_a_single_epoch_alone() -> None:
+    fractions = []
+    for epochs in (1, 2):
+        trainer = grpo(make_student(dropout=0.5), optimization_epochs=epochs, clip_range=1e-3, **NO_PENALTY)
+        fractions.append(trainer.training_step(without_old_logprobs())["clip_fraction"])
+    assert fractions[0] == 0
+    assert fractions[1] > 0.2
 
 
 @pytest.mark.parametrize("save_interval", [1, 3, 4])

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kd.errors import DataError, NumericError
-from kd.generation import GenerationConfig
+from kd.generation import GenerationConfig, TextGenerator
 from kd.losses import IGNORE_INDEX
+from kd.trainers import GRPOTrainer
 from kd.trainers.state import Batch
 
-from .examples import PROMPTS, grpo, make_rollouts, online, share_of_a
+from .examples import PROMPTS, LetterTokenizer, draw, grpo, make_prompts, make_rollouts, online, share_of_a
 from .helpers import make_student
 
 # --- sampling ---------------------------------------------------------------------------------------------------
@@ -60,20 +62,37 @@ def test_each_prompt_gets_a_group_of_responses_within_the_limits() -> None:
     assert int((prepared["labels"] != IGNORE_INDEX).sum()) == int(lengths.sum())
 
 
+def drawn(trainer: GRPOTrainer) -> Tensor:
+    return trainer.rollouts.draw(PROMPTS, trainer.config)["responses"]
+
+
 def test_responses_differ_from_step_to_step_and_follow_the_global_seed() -> None:
     trainer = online()
     torch.manual_seed(4)
-    first, second = trainer._sample(PROMPTS)["responses"], trainer._sample(PROMPTS)["responses"]
+    first, second = drawn(trainer), drawn(trainer)
     torch.manual_seed(4)
-    again = trainer._sample(PROMPTS)["responses"]
-    assert torch.equal(first, again)
+    assert torch.equal(first, drawn(trainer))
     assert first.shape != second.shape or not torch.equal(first, second)
+
+
+def test_ranks_with_the_same_global_seed_draw_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = online()
+    torch.manual_seed(4)
+    alone = drawn(trainer)
+    by_rank = []
+    for rank in range(3):
+        monkeypatch.setattr("kd.trainers.rollouts.get_rank", lambda rank=rank: rank)
+        torch.manual_seed(4)
+        by_rank.append(drawn(trainer))
+    assert torch.equal(by_rank[0], alone)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert by_rank[one].shape != by_rank[other].shape or not torch.equal(by_rank[one], by_rank[other])
 
 
 def test_a_cold_policy_draws_what_is_likeliest() -> None:
     trainer = online(sampling_temperature=1e-4)
-    greedy = trainer._respond(PROMPTS, GenerationConfig("greedy", 4))["responses"]
-    assert torch.equal(trainer._sample(PROMPTS)["responses"], greedy.repeat_interleave(4, dim=0))
+    greedy = trainer.rollouts.respond(PROMPTS, GenerationConfig("greedy", 4))["responses"]
+    assert torch.equal(drawn(trainer), greedy.repeat_interleave(4, dim=0))
 
 
 def test_sampling_and_evaluating_leave_dropout_on() -> None:
@@ -105,7 +124,7 @@ def test_an_evaluation_is_greedy_and_repeats_itself() -> None:
     assert texts[0] == texts[1]
     reward = sum(share_of_a(texts[0], {})) / 4
     assert metrics[0] == pytest.approx({"val_reward": reward, "val_loss": -reward})
-    generator = trainer.generator
+    generator = trainer.rollouts.generator
     assert generator is not None
     for row, text in enumerate(texts[0]):
         prompt = PROMPTS["prompts"][row][PROMPTS["prompt_attention_mask"][row] > 0].unsqueeze(0)
@@ -158,6 +177,21 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match="needs a reward_fn"):
         online(reward_fn=None).train()
     trainer = online()
-    trainer.generator = None
+    trainer.rollouts.generator = None
     with pytest.raises(ValueError, match="needs a generator to sample"):
         trainer.train()
+
+
+def test_the_generator_must_draw_with_the_trained_model() -> None:
+    tokenizer: Any = LetterTokenizer()
+    with pytest.raises(ValueError, match=r"another model than the trained one.*TextGenerator\(model, tokenizer\)"):
+        GRPOTrainer(make_student(), reward_fn=share_of_a, generator=TextGenerator(make_student(), tokenizer))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_prompts_that_fill_the_context_are_refused_and_the_model_stays_in_its_mode(training: bool) -> None:
+    trainer, prompts = online(), make_prompts(draw([8], 0))
+    trainer.model.train(training)
+    with pytest.raises(ValueError, match=r"leave no room for a response in model\.max_seq_len=8"):
+        trainer.rollouts.draw(prompts, trainer.config)
+    assert trainer.model.training == training

@@ -125,8 +125,36 @@ def test_a_checkpoint_of_another_architecture_is_refused(make: Callable[..., Any
 def test_equal_answers_have_no_margin_and_do_not_break(make: Callable[..., Any]) -> None:
     batch = pairs_batch(PROMPTS, CHOSEN, CHOSEN)
     terms = make(make_student()).training_step(batch)
-    assert (terms["reward_margin"], terms["reward_accuracy"]) == (0.0, 0.0)
+    assert (terms["reward_margin"], terms["reward_accuracy"]) == (0.0, 0.5)
     assert math.isfinite(terms["loss"])
+
+
+@BOTH
+def test_a_tie_is_half_a_win(make: Callable[..., Any]) -> None:
+    """The first pair is a tie, one of the others is ranked right and one wrong."""
+    pair, turned = ([PROMPTS[1]], CHOSEN[1:2], REJECTED[1:2]), ([PROMPTS[1]], REJECTED[1:2], CHOSEN[1:2])
+    tie = ([PROMPTS[1]], CHOSEN[1:2], CHOSEN[1:2])
+    accuracies = []
+    for parts in ([pair], [turned], [tie], [tie, pair, turned], [tie, pair, pair]):
+        batch = pairs_batch(*([row for part in parts for row in part[i]] for i in range(3)))
+        trainer = make(make_student(), **({"ref_model": make_student(seed=3)} if make is dpo else {}))
+        terms = trainer.training_step(batch)
+        assert trainer.evaluate([batch])["val_reward_accuracy"] == pytest.approx(terms["reward_accuracy"])
+        accuracies.append(terms["reward_accuracy"])
+    right = accuracies[0]
+    assert right in (0.0, 1.0)
+    assert accuracies == pytest.approx([right, 1 - right, 0.5, 0.5, (0.5 + 2 * right) / 3])
+
+
+@BOTH
+def test_answers_without_tokens_do_not_break(make: Callable[..., Any]) -> None:
+    trainer = make(make_student())
+    terms = trainer.training_step(pairs_batch(PROMPTS, [[], [], [3]], [[], [4], []]))
+    assert all(math.isfinite(value) for value in terms.values())
+    assert all(torch.isfinite(p.grad).all() for p in trainer.model.parameters())
+    nothing = make(make_student())
+    assert math.isfinite(nothing.training_step(pairs_batch(PROMPTS, [[]] * 3, [[]] * 3))["loss"])
+    assert all(not p.grad.any() for p in nothing.model.parameters() if p.grad is not None)
 
 
 # --- DPO --------------------------------------------------------------------------------------------------------
@@ -146,9 +174,15 @@ def test_dpo_is_that_of_the_formula(smoothing: float) -> None:
 
 
 def test_dpo_starts_at_log_two() -> None:
-    history: Any = dpo(make_student(), [make_pairs(4)], [make_pairs(4)], num_epochs=3, log_interval=1).train()
+    trainer = dpo(make_student(), [make_pairs(4)], [make_pairs(4)], num_epochs=3, log_interval=1)
+    assert trainer.evaluate() == {
+        "val_loss": pytest.approx(math.log(2), rel=1e-6),
+        "val_reward_margin": 0.0,
+        "val_reward_accuracy": 0.5,
+    }
+    history: Any = trainer.train()
     assert history["train_loss"][0] == pytest.approx(math.log(2), rel=1e-6)
-    assert history["reward_margin"][0] == 0
+    assert (history["reward_margin"][0], history["reward_accuracy"][0]) == (0.0, 0.5)
     assert history["train_loss"][-1] < 0.9 * math.log(2)
 
 

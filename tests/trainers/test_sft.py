@@ -79,7 +79,7 @@ def test_a_batch_without_answers_gives_zero_and_changes_nothing() -> None:
     trainer = sft(make_student(), [batch], num_epochs=1, weight_decay=0.0)
     before = weights(trainer.model)
     assert trainer.training_step(batch) == {"loss": 0.0, "ce_loss": 0.0}
-    assert all(not p.grad.any() for p in trainer.model.parameters() if p.grad is not None)
+    assert all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
     trainer.train()
     assert same_tensors(before, weights(trainer.model))
 

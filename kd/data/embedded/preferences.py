@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
-from kd.data.examples import AnswerExample, ExampleSet, PreferenceExample, in_fixed_order
+from kd.data.examples import AnswerExample, ExampleSet, PreferenceExample, content_of, in_fixed_order
+from kd.data.sources.base import name_rank
 from kd.errors import DataError
 from kd.files import digest_of
 
-_FORMAT = 1
+TWINS = 2
+"""Pairs that lend each other their answers, which lie next to each other: the `unit` to shuffle by in training."""
+_FORMAT = 2
 
 
 def preference_examples(answers: ExampleSet[AnswerExample]) -> ExampleSet[PreferenceExample]:
@@ -14,6 +17,8 @@ def preference_examples(answers: ExampleSet[AnswerExample]) -> ExampleSet[Prefer
 
     Responses of a part are made distinct and paired by length, and each two lend each other the rejected answer. So
     every text is chosen once and rejected once: neither its length nor its wording, only its prompt tells which.
+    The two lie next to each other. Trained on at different times, they would first teach that an answer is good, then
+    that it is bad, whatever the prompt.
 
     Raises:
         DataError: at the first use, if a part has fewer than two different responses.
@@ -34,8 +39,14 @@ def _swap(part: str, answers: Sequence[AnswerExample]) -> list[PreferenceExample
             "choose, another's to reject. Give more examples."
         )
     ranked = sorted(distinct.values(), key=lambda answer: (len(answer.response), answer.response))
-    pairs: list[PreferenceExample] = []
-    for one, other in zip(ranked[::2], ranked[1::2], strict=False):  # of an odd number, the longest is left out
-        pairs.append(PreferenceExample(one.prompt, one.response, other.response))
-        pairs.append(PreferenceExample(other.prompt, other.response, one.response))
-    return in_fixed_order(pairs)
+    # Of an odd number, the longest is left out.
+    twins = [_lend(one, other) for one, other in zip(ranked[::2], ranked[1::2], strict=False)]
+    twins.sort(key=lambda pairs: name_rank("twins", content_of(pairs[0])))
+    return [pair for pairs in twins for pair in pairs]
+
+
+def _lend(one: AnswerExample, other: AnswerExample) -> list[PreferenceExample]:
+    """Return the pairs of two prompts, each of which has the other's response as the rejected one."""
+    first = PreferenceExample(one.prompt, one.response, other.response)
+    second = PreferenceExample(other.prompt, other.response, one.response)
+    return in_fixed_order([first, second])
