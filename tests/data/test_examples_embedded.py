@@ -235,7 +235,8 @@ def test_additions_are_right_and_no_pair_is_in_two_parts(digits: int, num_pairs:
         operands = [[int(number) for number in _unspaced(example.prompt)] for example in examples]
         sums = [int(example.answer.replace(" ", "")) for example in examples]
         assert sums == [a + b for a, b in operands]
-        assert {(len(example.prompt), len(example.answer)) for example in examples} == {(4 * digits + 8, 2 * digits + 1)}
+        shapes = {(len(example.prompt), len(example.answer)) for example in examples}
+        assert shapes == {(4 * digits + 8, 2 * digits + 1)}
         assert all(max(a, b) < 10**digits for a, b in operands)
         assert len(set(map(tuple, operands))) == len(operands)
         assert {(b, a) for a, b in operands} == {(a, b) for a, b in operands}

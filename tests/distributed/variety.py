@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kd.config import GRPOConfig
 from kd.distributed import gather_objects, get_rank, process_group
 from kd.errors import Interrupted, NumericError
 from kd.trainers.base import BaseTrainer
+from kd.trainers.state import Batch
 from tests.llama import make_llama
 from tests.trainers.examples import PROMPTS, cut, online
 from tests.trainers.helpers import make_batches, make_student, pretrain
@@ -106,14 +108,14 @@ def sampling(folder: Path, strategy: str) -> None:
         return
     trainer = online(make_student(), cut(PROMPTS, 1), num_epochs=3, optimization_epochs=2, run_dir=folder)
     drawn: list[Any] = []
-    sample = trainer._sample
+    draw = trainer.rollouts.draw
 
-    def note(batch: Any) -> Any:
-        found = sample(batch)
+    def note(batch: Batch, config: GRPOConfig) -> Batch:
+        found = draw(batch, config)
         drawn.append(found["responses"].tolist())
         return found
 
-    trainer._sample = note
+    trainer.rollouts.draw = note  # type: ignore[method-assign]
     trainer.train()
     assert not is_same_everywhere(drawn)
     assert is_same_everywhere({name: value.tolist() for name, value in trainer.model.state_dict().items()})
