@@ -7,6 +7,7 @@ checkpoint-300/
   manifest.json          size and SHA-256 of each file, written last
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ STATE_TENSORS = "state.safetensors"
 STATE_FILE = "state.json"
 
 
-def save_checkpoint(directory: Path, model: nn.Module, state: dict[str, Any]) -> None:
+def save_checkpoint(directory: Path, model: nn.Module | dict[str, Tensor], state: dict[str, Any]) -> None:
     """Publish a checkpoint in one step, replacing one of the same name.
 
     Args:
         directory: The checkpoint's directory.
-        model: Its weights are stored by their names in the state dict.
+        model: Its weights are stored by their names in the state dict. Or these weights, as of `unshared_weights`.
         state: Nested dicts, lists, numbers, strings, None and tensors. Floats must be finite.
     """
     tensors: dict[str, Tensor] = {}
@@ -68,9 +69,10 @@ def load_weights(directory: Path, model: nn.Module) -> None:
     load_model_file(directory / MODEL_FILE, model)
 
 
-def save_model_file(path: Path, model: nn.Module) -> None:
+def save_model_file(path: Path, model: nn.Module | dict[str, Tensor]) -> None:
     """Write a model's weights as one safetensors file, each shared tensor once."""
-    save_file(_unshared(model), path, metadata={"format": "pt"})
+    weights = unshared_weights(model) if isinstance(model, nn.Module) else model
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def load_model_file(path: Path, model: nn.Module) -> None:
@@ -79,11 +81,30 @@ def load_model_file(path: Path, model: nn.Module) -> None:
     Raises:
         IntegrityError: if the file is missing, unreadable, or holds another architecture's weights.
     """
+    # Not strict: what is left out shares storage with what is there.
+    model.load_state_dict(read_model_file(path, unshared_weights(model)), strict=False)
+
+
+def read_weights(directory: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's weights, on the CPU; as `read_model_file`, but its digests are checked first."""
+    check_directory(directory, digests=True)
+    return read_model_file(directory / MODEL_FILE, expected)
+
+
+def read_model_file(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights in one safetensors file, on the CPU.
+
+    Args:
+        path: The file.
+        expected: What must be there, by name; compared in shape.
+
+    Raises:
+        IntegrityError: if the file is missing, unreadable, or holds another architecture's weights.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path} cannot be read ({error}).") from error
-    expected = _unshared(model)
     for name, tensor in expected.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
@@ -93,11 +114,12 @@ def load_model_file(path: Path, model: nn.Module) -> None:
             )
     if extra := sorted(tensors.keys() - expected.keys()):
         raise IntegrityError(f"{path} is of another architecture: it holds {extra[0]}, which the model has not.")
-    model.load_state_dict(tensors, strict=False)  # what is left out shares storage with what is there
+    weights: dict[str, Tensor] = tensors
+    return weights
 
 
-def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """Name to tensor, leaving out every name but the first of a shared tensor."""
+def unshared_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors by name, leaving out every name but the first of a shared tensor."""
     seen: set[tuple[int, torch.Size]] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

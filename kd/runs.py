@@ -31,6 +31,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from kd.config import Config, DPOConfig, ORPOConfig, TrainingConfig
 from kd.errors import IntegrityError, ResourceError, RunHeldError
 from kd.files import canonical_json, digest_of, file_digest, read_json, write_json, write_text
+from kd.torchrun import num_processes
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +89,15 @@ class RunIdentity:
         return OUTPUTS / self.experiment / f"{self.settings}-{self.digest}"
 
 
-def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
+def run_identity(config: Config, fingerprints: Fingerprints, num_processes: int = 1) -> RunIdentity:
     """Return the identity of the run that a configuration and its inputs determine.
 
+    Several processes are the same run as one that accumulates as many micro-batches: what counts is their product.
     Device, threads, tracker, paths and the intervals of logging and saving do not enter. At `alpha=0`
     neither temperature nor teacher do: there is one baseline.
     """
     train = config.train.identity()
+    train["gradient_accumulation_steps"] *= num_processes
     teacher = fingerprints.teacher
     settings = config.train.trainer
     if isinstance(config.train, TrainingConfig):
@@ -370,6 +373,7 @@ def describe_environment(identity: RunIdentity, **inputs: Any) -> dict[str, Any]
         "code": _code_version(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "process": {"pid": os.getpid(), "host": socket.gethostname(), "arguments": sys.argv[1:]},
+        "num_processes": num_processes(),
         "identity": identity.content,
         "inputs": inputs,
     }
