@@ -2,27 +2,31 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kd.checkpoint import load_weights
 from kd.checkpoint_files import latest_checkpoint
 from kd.config import Config, GRPOConfig, IntegerConfig, TrainingConfig
 from kd.data import EncodedPrompts, PackedBlocks
+from kd.distributed import first_of_node_first, process_group, told_by_first
 from kd.files import remove_leftovers
 from kd.generation import TextGenerator
+from kd.model import StudentModel
 from kd.plan import Plan
 from kd.prepare import Loader, Parts, build_parts
-from kd.products import merge_into_weights, turn_into_integers
+from kd.products import turn_into_integers, write_products
 from kd.rewards import REWARDS
 from kd.runs import Run, describe_environment
 from kd.samples import write_samples
 from kd.stop import StopSignal
+from kd.torchrun import is_first
 from kd.trainers import BaseTrainer, DistillationTrainer, GRPOTrainer, create_trainer
-from kd.trainers.evaluation import save_scores
+from kd.trainers.evaluation import Scores, save_scores
 from kd.trainers.state import Batch
 
 if TYPE_CHECKING:
@@ -58,26 +62,41 @@ def attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> di
 
 
 def _attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> dict[str, Any]:
-    parts = build_parts(plan, stop)
-    with run.hold():
+    with first_of_node_first():
+        parts = build_parts(plan, stop)
+    with run.hold() if is_first() else nullcontext():
+        with process_group(parts.device):
+            if (result := _begin(plan, run, files, parts)) is not None:
+                return result
+            with _logged_to(run.directory / "train.log") if is_first() else nullcontext():
+                trainer = make_trainer(plan, parts, run.directory)
+                trainer.stop = stop
+                _resume(trainer, plan.config)
+                trainer.train()
+                _score_test(trainer, parts)
+                if isinstance(plan.config.quantization, IntegerConfig):
+                    turn_into_integers(trainer, plan.config.quantization, parts.test_loader)
+        result = _summarise(trainer)
+        if is_first():  # alone from here on, for as long as it takes
+            write_products(trainer, plan.config.quantization)
+            _write_samples(run.directory, _whole_student(trainer), parts)
+            run.write_result(result)
+        return result
+
+
+def _begin(plan: Plan, run: Run, files: dict[str, str], parts: Parts) -> dict[str, Any] | None:
+    """Make the run's directory ready; return the result if another process finished it while the parts were built."""
+    result = None
+    if is_first():
         if plan.config.overwrite:
             run.clear()
-        elif (result := run.result()) is not None:  # another process finished it while the parts were built
-            return result
-        run.write_configuration(files, describe_environment(plan.identity, tokenizer=asdict(parts.tokenizer)))
-        with _logged_to(run.directory / "train.log"):
-            trainer = make_trainer(plan, parts, run.directory)
-            trainer.stop = stop
-            _resume(trainer, plan.config)
-            trainer.train()
-            _score_test(trainer, parts)
-            merge_into_weights(trainer)
-            if isinstance(plan.config.quantization, IntegerConfig):
-                turn_into_integers(trainer, plan.config.quantization, parts.test_loader)
-            _write_samples(run.directory, parts)
-            result = _summarise(trainer)
-            run.write_result(result)
-            return result
+        else:
+            result = run.result()
+        if result is None:
+            inputs = asdict(parts.tokenizer)
+            run.write_configuration(files, describe_environment(plan.identity, tokenizer=inputs))
+    told: dict[str, Any] | None = told_by_first(result)
+    return told
 
 
 def make_trainer(plan: Plan, parts: Parts, run_dir: Path) -> AnyTrainer:
@@ -133,10 +152,14 @@ def _grpo_trainer(config: GRPOConfig, parts: Parts, run_dir: Path) -> GRPOTraine
 def _resume(trainer: AnyTrainer, config: Config) -> None:
     assert trainer.run_dir is not None
     folder = trainer.run_dir / config.train.checkpoint_dir
-    remove_leftovers(folder)
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
+    name = None
+    if trainer.is_main:
+        remove_leftovers(folder)
+        latest = latest_checkpoint(folder)
+        name = None if latest is None else latest.name
+    if (name := told_by_first(name)) is None:
         return
+    checkpoint = folder / name
     trainer.load_checkpoint(checkpoint)
     # What may differ between attempts at one run follows the present command.
     trainer.config = replace(
@@ -145,20 +168,26 @@ def _resume(trainer: AnyTrainer, config: Config) -> None:
         save_interval=config.train.save_interval,
         compile=config.train.compile,
         gradient_checkpointing=config.train.gradient_checkpointing,
+        strategy=config.train.strategy,
     )
     log.info("Continuing from %s", checkpoint)
 
 
 def _score_test(trainer: AnyTrainer, parts: Parts) -> None:
     """Write the scores of each block or example, and score the test part, once, with the final model."""
-    assert trainer.run_dir is not None
     assert trainer.final_scores is not None
-    save_scores(trainer.final_scores, trainer.run_dir, "val", _ids(parts.val_loader))
+    _write_scores(trainer, "val", trainer.final_scores, parts.val_loader)
     if parts.test_loader is None:
         return
     scores = trainer.score(parts.test_loader, with_teacher=False)
-    save_scores(scores, trainer.run_dir, "test", _ids(parts.test_loader))
+    _write_scores(trainer, "test", scores, parts.test_loader)
     trainer.record_part("test", scores)
+
+
+def _write_scores(trainer: AnyTrainer, part: str, scores: Scores, loader: Loader) -> None:
+    assert trainer.run_dir is not None
+    if trainer.is_main:
+        save_scores(scores, trainer.run_dir, part, _ids(loader))
 
 
 def _ids(loader: Loader) -> "npt.NDArray[np.int64] | None":
@@ -167,8 +196,19 @@ def _ids(loader: Loader) -> "npt.NDArray[np.int64] | None":
     return data.document_ids if isinstance(data, PackedBlocks) else data.example_ids
 
 
-def _write_samples(directory: Path, parts: Parts) -> None:
-    generator = TextGenerator(parts.student, parts.tokenizer.load())
+def _whole_student(trainer: AnyTrainer) -> StudentModel:
+    """Return the trained student, whole also where its weights are in parts."""
+    student = trainer.model
+    assert isinstance(student, StudentModel)
+    if trainer.config.strategy != "fsdp":
+        return student
+    whole = StudentModel(student.config).to(trainer.device)
+    load_weights(trainer.last_checkpoint, whole)
+    return whole
+
+
+def _write_samples(directory: Path, student: StudentModel, parts: Parts) -> None:
+    generator = TextGenerator(student, parts.tokenizer.load())
     write_samples(directory / "samples.txt", generator, parts.val_loader.dataset)
 
 

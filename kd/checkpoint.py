@@ -9,6 +9,7 @@ checkpoint-300/
 Of a model with adapters only these are stored, as adapters.safetensors.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,20 @@ ADAPTER_MARKS = (".lora_A.", ".lora_B.")
 """What the names of adapters' weights have in them."""
 
 
-def save_checkpoint(directory: Path, model: nn.Module, state: dict[str, Any]) -> None:
+def save_checkpoint(directory: Path, model: nn.Module | dict[str, Tensor], state: dict[str, Any]) -> None:
     """Publish a checkpoint in one step, replacing one of the same name.
 
     Args:
         directory: The checkpoint's directory.
-        model: Its weights are stored by their names in the state dict.
+        model: Its weights, or its adapters alone, are stored by their names in the state dict. Or these tensors, as of
+            `unshared_weights`.
         state: Nested dicts, lists, numbers, strings, None and tensors. Floats must be finite.
     """
     tensors: dict[str, Tensor] = {}
     packed = _pack(state, "", tensors)
     with publish_directory(directory) as work:
-        save_model_file(work / file_of_weights(model), model)
+        weights = _weights_of(model)
+        save_model_file(work / _file_of(weights), weights)
         save_file(tensors, work / STATE_TENSORS)
         write_json(work / STATE_FILE, {"format_version": FORMAT_VERSION, "state": packed})
 
@@ -68,8 +71,8 @@ def load_weights(directory: Path, model: nn.Module) -> None:
     Raises:
         IntegrityError: if the file is missing, altered, or holds another architecture's weights.
     """
-    check_directory(directory, digests=True)
-    load_model_file(directory / file_of_weights(model), model)
+    # Not strict: what is left out shares storage with what is there, or is not an adapter's.
+    model.load_state_dict(read_weights(directory, unshared_weights(model)), strict=False)
 
 
 def holds_adapters(model: nn.Module) -> bool:
@@ -77,14 +80,18 @@ def holds_adapters(model: nn.Module) -> bool:
     return any(_is_adapter(name) for name, _ in model.named_parameters())
 
 
-def file_of_weights(model: nn.Module) -> str:
-    """Return the name of the file of a checkpoint that holds a model's weights."""
-    return ADAPTER_FILE if holds_adapters(model) else MODEL_FILE
-
-
-def save_model_file(path: Path, model: nn.Module) -> None:
+def save_model_file(path: Path, model: nn.Module | dict[str, Tensor]) -> None:
     """Write a model's weights, or its adapters, as one safetensors file, each shared tensor once."""
-    save_file(_unshared(model), path, metadata={"format": "pt"})
+    save_file(_weights_of(model), path, metadata={"format": "pt"})
+
+
+def _file_of(names: Iterable[str]) -> str:
+    """Return the name of the file of a checkpoint that holds the weights of these names."""
+    return ADAPTER_FILE if any(map(_is_adapter, names)) else MODEL_FILE
+
+
+def _weights_of(model: nn.Module | dict[str, Tensor]) -> dict[str, Tensor]:
+    return unshared_weights(model) if isinstance(model, nn.Module) else model
 
 
 def load_model_file(path: Path, model: nn.Module) -> None:
@@ -93,11 +100,30 @@ def load_model_file(path: Path, model: nn.Module) -> None:
     Raises:
         IntegrityError: if the file is missing, unreadable, or holds another architecture's weights.
     """
+    # Not strict, as above.
+    model.load_state_dict(read_model_file(path, unshared_weights(model)), strict=False)
+
+
+def read_weights(directory: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's weights, on the CPU; as `read_model_file`, but its digests are checked first."""
+    check_directory(directory, digests=True)
+    return read_model_file(directory / _file_of(expected), expected)
+
+
+def read_model_file(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights in one safetensors file, on the CPU.
+
+    Args:
+        path: The file.
+        expected: What must be there, by name; compared in shape.
+
+    Raises:
+        IntegrityError: if the file is missing, unreadable, or holds another architecture's weights.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path} cannot be read ({error}).") from error
-    expected = _unshared(model)
     for name, tensor in expected.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
@@ -107,11 +133,15 @@ def load_model_file(path: Path, model: nn.Module) -> None:
             )
     if extra := sorted(tensors.keys() - expected.keys()):
         raise IntegrityError(f"{path} is of another architecture: it holds {extra[0]}, which the model has not.")
-    model.load_state_dict(tensors, strict=False)  # what is left out shares storage with what is there
+    weights: dict[str, Tensor] = tensors
+    return weights
 
 
-def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """Name to tensor, leaving out every name but the first of a shared tensor; adapters alone where there are any."""
+def unshared_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors by name, leaving out every name but the first of a shared tensor.
+
+    Of a model with adapters: these alone.
+    """
     seen: set[tuple[int, torch.Size]] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

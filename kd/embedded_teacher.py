@@ -13,7 +13,7 @@ from kd.checkpoint import load_model_file, save_model_file
 from kd.checkpoint_files import MODEL_FILE, latest_checkpoint
 from kd.config import EmbeddedTeacherConfig
 from kd.data import PackedBlocks, eval_loader, train_loader
-from kd.distributed import seed_everything
+from kd.distributed import alone, seed_everything
 from kd.files import write_text
 from kd.model import StudentModel
 from kd.stop import StopSignal
@@ -37,7 +37,8 @@ def load_embedded_teacher(
     """
 
     def build(work: Path) -> None:
-        _train(config, blocks, device, stop, work)
+        with alone():  # other processes wait for the cache
+            _train(config, blocks, device, stop, work)
 
     directory = cached_directory("teachers", fingerprint[:32], build, "the embedded teacher")
     model = StudentModel(config.model)

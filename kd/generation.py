@@ -161,9 +161,13 @@ class TextGenerator:
         return [[token for token in row[:length] if token != end] for row, length in rows]
 
     def rollout(
-        self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig = GenerationConfig()
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        config: GenerationConfig = GenerationConfig(),
+        num_responses: int = 1,
     ) -> Rollout:
-        """Return a response to each prompt of a batch, with its log-probabilities.
+        """Return responses to each prompt of a batch, with their log-probabilities.
 
         Each row ends with the end-of-text token, or after max_new_tokens, or where L + R reaches the model's
         max_seq_len, so that prompts and responses side by side fit the model. Padding takes room as tokens do. A row
@@ -175,6 +179,7 @@ class TextGenerator:
             input_ids: (B, L) prompts, L below max_seq_len.
             attention_mask: (B, L), non-zero at prompt tokens, 0 at padding, which must be on the left.
             config: how to choose tokens.
+            num_responses: so many to each prompt, in rows next to each other; the prompt is read once for all of them.
 
         Raises:
             ValueError: if shapes differ, a row has no tokens or padding on its right, or if the prompts leave no room.
@@ -184,9 +189,9 @@ class TextGenerator:
         self._check_prompts(input_ids, attention_mask)
         self.model.eval()  # it may have been trained since
         end = self.tokenizer.eos_token_id
-        is_live = torch.ones(len(input_ids), dtype=torch.bool, device=device)
+        is_live = torch.ones(len(input_ids) * num_responses, dtype=torch.bool, device=device)
         columns = []
-        for tokens, logprobs in self._stream_batch(input_ids, attention_mask, config):
+        for tokens, logprobs in self._stream_batch(input_ids, attention_mask, config, num_responses):
             # A row that has ended goes on, unseen: a batch that shrinks would have to move its whole cache.
             columns.append((tokens.where(is_live, 0 if end is None else end), is_live, logprobs.where(is_live, 0.0)))
             is_live = is_live & (tokens != end) if end is not None else is_live
@@ -210,26 +215,33 @@ class TextGenerator:
                 cache, unread = self._new_cache(1, limit), context[-max(1, limit // 2) :]
 
     def _stream_batch(
-        self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig
+        self, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig, num_responses: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each row's next token and its log-probability at temperature 1, (B,) each, until the context is full.
+        """Yield each response's next token and its log-probability at temperature 1 until the context is full.
 
         Args:
             input_ids: (B, L).
             attention_mask: (B, L) bool.
             config: how to choose tokens.
+            num_responses: to each prompt; what is yielded is (B * num_responses,).
         """
         batch_size, length = input_ids.shape
         total = min(length + config.max_new_tokens, self.model.config.max_seq_len)
         generator = torch.Generator(input_ids.device).manual_seed(config.seed)
-        cache, unread = self._new_cache(batch_size, total), input_ids
+        cache = self._new_cache(batch_size, total)
         # Without padding no mask: attention is faster then.
         visible = None if attention_mask.all() else F.pad(attention_mask, (0, total - length), value=True)
-        for end in range(length, total):
-            logits = self._next_logits(unread, None if visible is None else visible[:, :end], cache)
+        logits = self._next_logits(input_ids, None if visible is None else attention_mask, cache)
+        if num_responses > 1:
+            cache.repeat(num_responses)
+            logits = logits.repeat_interleave(num_responses, dim=0)
+            visible = None if visible is None else visible.repeat_interleave(num_responses, dim=0)
+        for end in range(length + 1, total + 1):
             tokens = choose_tokens(logits, config, generator)
             unread = tokens.unsqueeze(1)
             yield tokens, F.log_softmax(logits.float(), dim=-1).gather(1, unread).squeeze(1)
+            if end < total:
+                logits = self._next_logits(unread, None if visible is None else visible[:, :end], cache)
 
     @torch.inference_mode()
     def _next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KeyValueCache) -> Tensor:

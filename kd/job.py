@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from kd.cache import RESOURCE_ERRNOS
-from kd.config import Config, CorpusConfig
-from kd.errors import ResourceError
+from kd.config import Config, CorpusConfig, TrainerConfig
+from kd.errors import ConfigError, ResourceError
+from kd.outcome import sentences
 from kd.plan import make_plan
 from kd.runs import Run
 from kd.stop import StopSignal, signals_to
+from kd.torchrun import find_place, is_first, num_processes, one_voice
 
 log = logging.getLogger("kd")
 
@@ -29,43 +31,46 @@ def do_run(config: Config, files: dict[str, str]) -> float:
         KDError: of the kind that fits; see `kd.errors` for the exit codes.
     """
     stop = StopSignal()
-    with signals_to(stop.request), _resources_named(config):
+    with signals_to(stop.request), _resources_named(config), one_voice():
+        _check_strategy(config.train)
         plan = make_plan(config)
         run = Run(plan.identity)
-        result = None if config.overwrite else run.result()
+        result = None if config.overwrite else _result_of_all(run)
         if result is None:
-            run.refuse_if_held()
+            if is_first():  # of the same run; the others would find it held by the first one
+                run.refuse_if_held()
             from kd.attempt import attempt  # here, because torch takes seconds to import
 
             result = attempt(plan, run, files, stop)
         else:
             log.info("Already done, nothing to do (overwrite=true does it again)")
-    _announce(run, result)
+        _announce(run, result)
     return float(result["val_loss"])
 
 
+def _check_strategy(config: TrainerConfig) -> None:
+    if config.strategy == "fsdp" and find_place() is None:
+        raise ConfigError(
+            "train.strategy=fsdp shares weights among processes, and this is one alone: start several with torchrun "
+            "--nproc-per-node=N -m kd.train, or leave train.strategy out."
+        )
+
+
+def _result_of_all(run: Run) -> dict[str, Any] | None:
+    """Return a finished run's result. Of several processes the first one looks: what it does, all must do."""
+    if num_processes() == 1:
+        return run.result()
+    from kd.distributed import told_by_first
+
+    result: dict[str, Any] | None = told_by_first(run.result() if is_first() else None)
+    return result
+
+
 def _announce(run: Run, result: dict[str, Any]) -> None:
-    for line in (_perplexities(result),) if "val_ppl" in result else _measures(result):
-        log.info("%s", line)
+    for sentence in sentences(result):
+        log.info("%s", sentence)
     log.info("Run: %s", run.directory)
     log.info('Try it: python -m kd.generate %s "prompt"', run.directory)
-
-
-def _perplexities(result: dict[str, Any]) -> str:
-    teacher, test = result["teacher_val_ppl"], result["test_ppl"]
-    text = f"Validation perplexity {result['val_ppl']:.2f}"
-    text += "" if test is None else f", test {test:.2f}"
-    if "quantized_val_ppl" in result:
-        text += f"; with integer weights {result['quantized_val_ppl']:.2f}"
-    return text if teacher is None else f"{text} (teacher, validation: {teacher:.2f})"
-
-
-def _measures(result: dict[str, Any]) -> Iterator[str]:
-    for prefix, part in (("val_", "Validation"), ("test_", "Test"), ("quantized_val_", "With integer weights")):
-        known = {name: value for name, value in result.items() if name.startswith(prefix) and value is not None}
-        values = (f"{name.removeprefix(prefix).replace('_', ' ')} {value:.4f}" for name, value in known.items())
-        if known:
-            yield f"{part}: {', '.join(values)}"
 
 
 @contextmanager

@@ -44,6 +44,12 @@ class LayerCache:
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def repeated(self, times: int) -> "LayerCache":
+        """Return a copy in which each sequence stands so many times, next to itself."""
+        copy = LayerCache(self.keys.repeat_interleave(times, dim=0), self.values.repeat_interleave(times, dim=0))
+        copy.length = self.length
+        return copy
+
 
 class KeyValueCache:
     """Keys and values of a batch, kept so that a forward pass computes new tokens only.
@@ -71,6 +77,11 @@ class KeyValueCache:
     def length(self) -> int:
         """Tokens held per sequence."""
         return self.layers[0].length
+
+    def repeat(self, times: int) -> None:
+        """Hold each sequence so many times, next to itself: for several continuations of what was read once."""
+        self.layers = [layer.repeated(times) for layer in self.layers]
+        self.batch_size *= times
 
     def check_room(self, batch_size: int, num_tokens: int) -> None:
         """Check that a batch of new tokens fits.

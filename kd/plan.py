@@ -35,6 +35,7 @@ from kd.runs import Fingerprints, RunIdentity, check_outputs, run_identity
 from kd.start import Start, find_start
 from kd.teacher_files import PretrainedTeacher, check_vocabulary, find_teacher
 from kd.tokenizer_choice import find_tokenizer
+from kd.torchrun import num_processes
 
 log = logging.getLogger("kd")
 
@@ -75,7 +76,7 @@ def make_plan(config: Config) -> Plan:
         teacher=_teacher_fingerprint(config, teacher, data.fingerprint, tokenizer.fingerprint),
         init_from=None if start is None else file_digest(start.checkpoint / MODEL_FILE),
     )
-    identity = run_identity(config, fingerprints)
+    identity = run_identity(config, fingerprints, num_processes())
     return Plan(config, data, tokenizer, teacher, fingerprints, start, identity)
 
 

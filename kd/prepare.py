@@ -23,7 +23,7 @@ from kd.data import (
     num_token_ids,
     train_loader,
 )
-from kd.distributed import seed_everything
+from kd.distributed import own_device, seed_everything
 from kd.errors import ConfigError
 from kd.model import StudentModel
 from kd.plan import Plan
@@ -58,7 +58,7 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
         KDError: of the kind that fits. What was newly cached for data that turn out too small is removed again.
     """
     config = plan.config
-    device = resolve_device(config.device)
+    device = own_device(config.device)
     if config.train.compile:
         require_compiler(device)
     if not isinstance(plan.data, Corpus):
@@ -85,20 +85,6 @@ def _new_student(plan: Plan) -> StudentModel:
     if isinstance(plan.config.quantization, IntegerConfig):
         fake_quantize(student, plan.config.quantization)
     return student
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is the GPU where there is one, else the CPU.
-
-    Raises:
-        ConfigError: if a GPU is named that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name}, but {torch.cuda.device_count()} CUDA devices are visible: set device=cpu.")
-    return device
 
 
 # --- data --------------------------------------------------------------------------------------------------------

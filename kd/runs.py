@@ -31,6 +31,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from kd.config import Config, DPOConfig, ORPOConfig, TrainingConfig
 from kd.errors import IntegrityError, ResourceError, RunHeldError
 from kd.files import canonical_json, digest_of, file_digest, read_json, write_json, write_text
+from kd.torchrun import num_processes
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +89,16 @@ class RunIdentity:
         return OUTPUTS / self.experiment / f"{self.settings}-{self.digest}"
 
 
-def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
+def run_identity(config: Config, fingerprints: Fingerprints, num_processes: int = 1) -> RunIdentity:
     """Return the identity of the run that a configuration and its inputs determine.
 
+    Several processes are the same run as one that accumulates as many micro-batches: what counts is their product.
     Device, threads, tracker, paths and the intervals of logging and saving do not enter. At `alpha=0`
     neither temperature nor teacher do: there is one baseline.
     """
     train = config.train.identity()
-    teacher = fingerprints.teacher
-    settings = config.train.trainer
+    train["gradient_accumulation_steps"] *= num_processes
+    teacher, settings = fingerprints.teacher, config.train.trainer
     if isinstance(config.train, TrainingConfig):
         settings = f"alpha{config.train.alpha:g}"
         if config.train.alpha > 0:
@@ -120,10 +122,8 @@ def run_identity(config: Config, fingerprints: Fingerprints) -> RunIdentity:
         "init_from": fingerprints.init_from,
     }
     # Only where there is any, so that runs from before there was such a thing are still known.
-    if config.adapter.label:
-        content["adapter"] = asdict(config.adapter)
-    if config.quantization.label:
-        content["quantization"] = asdict(config.quantization)
+    later = {"adapter": asdict(config.adapter), "quantization": asdict(config.quantization)}
+    content |= {name: values for name, values in later.items() if values}
     return RunIdentity(config.name, f"{settings}-seed{config.seed}", content)
 
 
@@ -376,6 +376,7 @@ def describe_environment(identity: RunIdentity, **inputs: Any) -> dict[str, Any]
         "code": _code_version(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "process": {"pid": os.getpid(), "host": socket.gethostname(), "arguments": sys.argv[1:]},
+        "num_processes": num_processes(),
         "identity": identity.content,
         "inputs": inputs,
     }

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from kd.composition import CONFIG_NAME, conf_dir
 from kd.errors import IntegrityError, Interrupted, KDError
+from kd.outcome import headline
 from kd.runs import RunState, holder_of, read_failure, read_result, run_state
 from kd.stop import signals_to
 from kd.sweep_jobs import Job, StopFile, SweepTask, last_lines
@@ -177,14 +178,14 @@ def share_for(launcher: DictConfig, num_jobs: int) -> Share:
 
 
 def summary(states: dict[Path, RunState], logs: dict[Path, Path]) -> str:
-    """Return the table of a sweep's runs: state, validation perplexity, and of failed ones the error and the log.
+    """Return the table of a sweep's runs: state, outcome, and of failed ones the error and the log.
 
     Args:
         states: By the runs' directories.
         logs: What each run printed, where this sweep worked on it.
     """
     width = max(len(directory.name) for directory in states)
-    lines = [f"{'run':{width}}  {'state':11}  validation perplexity"]
+    lines = [f"{'run':{width}}  {'state':11}  outcome"]
     for directory, state in states.items():
         lines.append(f"{directory.name:{width}}  {state:11}  {_remark(directory, state)}".rstrip())
         if state is RunState.FAILED:
@@ -210,7 +211,7 @@ def _report(experiment: Path, *, anew: bool) -> None:
 
 def _remark(directory: Path, state: RunState) -> str:
     if state is RunState.DONE:
-        return f"{_result_of(directory)['val_ppl']:.2f}"
+        return headline(_result_of(directory))
     if state is RunState.RUNNING:
         return f"by {holder_of(directory)}"
     if state is not RunState.FAILED:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from kd.errors import IntegrityError, Interrupted, KDError, RunHeldError
+from kd.outcome import headline
 from kd.runs import Failure, RunState, forget_failure, holder_of, read_result, run_state, write_failure
 from kd.stop import SIGNALS, signals_to
 from kd.sweep_share import POLL_SECONDS, Share
@@ -163,7 +164,7 @@ class SweepTask:
         # A result that was not there before counts, however its process ended after writing it.
         result = _readable_result(job.directory) if code == 0 or not job.overwrite else None
         if result is not None:
-            log.info("Finished %s: validation perplexity %.2f", job.directory.name, result["val_ppl"])
+            log.info("Finished %s: %s", job.directory.name, headline(result))
             return float(result["val_loss"])
         if code in (*(128 + number for number in SIGNALS), *(-number for number in SIGNALS)):
             worker.check()

@@ -6,6 +6,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from kd.composition import SWEEPER
+from kd.errors import ConfigError
+from kd.torchrun import find_place
 
 
 class GridSweeper(Sweeper):
@@ -20,7 +22,16 @@ class GridSweeper(Sweeper):
         self.hydra_context, self.config = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> list[float]:
-        """Do the sweep; see `kd.sweep.run_sweep`."""
+        """Do the sweep; see `kd.sweep.run_sweep`.
+
+        Raises:
+            ConfigError: under torchrun, whose every process would do the sweep.
+        """
+        if (place := find_place()) is not None:
+            raise ConfigError(
+                f"A sweep cannot run in {place.world_size} processes of torchrun (RANK and WORLD_SIZE are set): start "
+                "the sweep without torchrun, or each of its points with it."
+            )
         from kd.sweep import run_sweep  # here, so that single runs and --help do not wait for it
 
         assert self.hydra_context is not None

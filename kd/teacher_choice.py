@@ -13,6 +13,7 @@ from kd.stop import StopSignal
 from kd.teacher import LiveTeacher, Teacher, check_teacher, choose_dtype, load_pretrained
 from kd.teacher_cache import TeacherCacheKey, has_states, open_cached_teacher
 from kd.teacher_files import check_vocabulary
+from kd.torchrun import num_processes
 
 log = logging.getLogger("kd")
 
@@ -81,7 +82,7 @@ def _runs_live(config: Config, cache: str, teacher: LiveTeacher, train_loader: B
 def _takes_an_epoch(config: Config, train_loader: BlockLoader) -> bool:
     """Return whether training sees every block, so that keeping their states costs no more than it saves."""
     limit = config.train.max_steps
-    return limit is None or limit * config.train.gradient_accumulation_steps >= len(train_loader)
+    return limit is None or limit * config.train.gradient_accumulation_steps * num_processes() >= len(train_loader)
 
 
 def _dtype(plan: Plan, device: torch.device) -> str:

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kd.composition import CONFIG_NAME, conf_dir, explain, register_schemas, to_config
-from kd.errors import KDError
+from kd.errors import Interrupted, KDError
 from kd.sweeper import register_sweeper
 
 FULL_ERRORS = "HYDRA_FULL_ERROR"
@@ -70,7 +70,9 @@ def main() -> None:
 
 def _report(error: KDError) -> int:
     sys.stdout.flush()
-    print(f"kd-train: {error}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # torchrun's; not checked yet where its variables are what is wrong
+    if rank == "0" or not isinstance(error, Interrupted):
+        print(f"kd-train{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
     return error.exit_code
 
 

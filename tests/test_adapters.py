@@ -93,6 +93,7 @@ def test_the_known_layers_are_those_of_the_model() -> None:
         ("adapter.targets=[lm_head]", ["adapter.targets=lm_head", "head"]),
         ("adapter.targets=[q_proj,embedding]", ["adapter.targets=embedding", "embedding"]),
         ("adapter.alpha=3", ["adapter.alpha", "lora_alpha"]),
+        ("train.strategy=fsdp", ["train.strategy=fsdp and adapter=lora", "train.strategy=ddp"]),
     ],
 )
 def test_a_bad_setting_is_named(override: str, words: list[str]) -> None:
@@ -294,6 +295,12 @@ def test_a_foreign_model_with_adapters_trains_without_logits() -> None:
     assert {name for name, value in weights(llama).items() if not torch.equal(value, before[name])} == {
         name for name in before if ".lora_" in name
     }
+
+
+@needs_peft
+def test_parts_of_weights_are_refused_to_adapters() -> None:
+    with pytest.raises(ConfigError, match=r"train\.strategy=fsdp does not go with adapters.*train\.strategy=ddp"):
+        pretrain(adapted(), make_batches(2), strategy="fsdp")
 
 
 # --- references -------------------------------------------------------------------------------------------------

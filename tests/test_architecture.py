@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kd"
 FLOORS = (
     {"errors"},  # the others of floor 0 raise them
-    {"__init__", "config", "extras", "files", "stop", "gguf_header", "sweep_share"},
+    {"__init__", "config", "extras", "files", "stop", "gguf_header", "sweep_share", "torchrun"},
     {"checkpoint_files"},
     {
         "model",
@@ -26,6 +26,7 @@ FLOORS = (
         "preference_losses",
         "policy_losses",
         "rewards",
+        "outcome",
     },
     {"labelled"},
     {"linear_distillation", "token_logprobs", "heads", "data", "analysis"},

@@ -110,6 +110,7 @@ def test_later_fields_leave_the_specified_behaviour_unchanged() -> None:
         "precision": "float32",
         "gradient_checkpointing": False,
         "early_stopping_patience": None,
+        "strategy": "ddp",
     }
 
 
@@ -118,6 +119,7 @@ def test_what_came_later_does_not_rename_earlier_runs() -> None:
     settings |= SPECIFIED_TRAINING.keys() - {"checkpoint_dir", "log_interval", "save_interval"}
     assert TrainingConfig().identity().keys() == settings
     assert TrainingConfig(gradient_checkpointing=True, compile=True).identity() == TrainingConfig().identity()
+    assert TrainingConfig(strategy="fsdp").identity() == TrainingConfig().identity()
     for name, value in (("precision", "bfloat16"), ("schedule", "wsd"), ("optimizer", "sgd")):
         assert TrainingConfig(**{name: value}).identity() == TrainingConfig().identity() | {name: value}
     assert TrainingConfig(early_stopping_patience=2).identity()["early_stopping_patience"] == 2
@@ -204,6 +206,7 @@ TRAINER_REFUSED = {
     "decay_steps": (5, *SIZES),  # 5: it has no effect without schedule=wsd
     "precision": ("", "fp16", "torch.float16"),
     "early_stopping_patience": SIZES,
+    "strategy": ("", "zero", "FSDP"),
 }
 DISTILLATION_REFUSED = {"alpha": (-0.01, 1.01, *NOT_FINITE), "temperature": (0.0, -1.0, *NOT_FINITE)}
 DATA_REFUSED = {

@@ -16,6 +16,7 @@ from kd.prepare import build_parts
 from kd.stop import StopSignal
 from kd.student import load_student
 from tests.commands import TINY, Outcome, only_run, run, strict_json
+from tests.distributed import launch
 from tests.test_composition import composed
 
 MODEL = ("model.vocab_size=512", "model.max_seq_len=160", "threads=1")
@@ -24,7 +25,8 @@ STAGES = {
     "sft": ("train=sft", "data=instructions", "data.max_chars=200"),
     "dpo": ("train=dpo", "data=preferences", "data.max_chars=200"),
     "orpo": ("train=orpo", "data=preferences", "data.max_chars=200"),
-    "grpo": ("train=grpo", "data=arithmetic", "train.group_size=2", "train.max_new_tokens=4"),
+    # Without a penalty nothing would be learned: at this size no response is right.
+    "grpo": ("train=grpo", "data=arithmetic", "train.group_size=2", "train.max_new_tokens=4", "train.kl_coef=0.04"),
 }
 MEASURES = {
     "sft": ("loss", "ppl"),
@@ -125,6 +127,50 @@ def test_another_setting_of_data_or_trainer_is_another_run(stage: str, pretraine
     changes = (other[stage], "data.max_train_examples=31", "data.test_ratio=0.2", "seed=1")
     assert len({usual, *map(directory, changes)}) == 5
     assert directory("data.num_workers=1", "train.log_interval=2", "train.save_interval=7") == usual
+
+
+@pytest.mark.slow
+def test_a_sweep_of_another_trainers_knob_is_compared_by_its_loss(pretrained: Path) -> None:
+    outcome = finish("-m", *command("dpo", pretrained, "train.beta=0.05,0.2", "seed=0,1"))
+    assert outcome.output.count("done         validation loss 0.69") == 4
+    assert "Lowest validation loss of 2 settings: dpo, train.beta 0." in outcome.output
+    assert "(test loss 0.69" in outcome.output
+    assert "nan" not in outcome.output
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+def finish_in_two(*overrides: str) -> Outcome:
+    """Do a run in two processes of torchrun; it must succeed."""
+    outcome = launch.run(*overrides, module="kd.train")
+    assert outcome.code == 0, outcome.errors
+    return outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_in_two_processes_is_the_run_of_one_with_twice_the_accumulation(stage: str, pretrained: Path) -> None:
+    outcome = finish_in_two(*command(stage, pretrained))
+    check_files(stage, only_run(stage))
+    assert "x 2 processes (ddp)" in outcome.output
+    assert outcome.output.count("Train: 32 of 32 examples are used") == 1  # one of them speaks
+    again = finish(*command(stage, pretrained, "train.gradient_accumulation_steps=2"))
+    assert "Already done" in again.output
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_two_processes_ends_like_one(pretrained: Path) -> None:
+    finish(*command("sft", pretrained, "name=one", "train.gradient_accumulation_steps=2"))
+    finish_in_two(*command("sft", pretrained, "name=whole"))
+    finish_in_two(*command("sft", pretrained, "name=parts", "train.strategy=fsdp"))
+    one, *others = (only_run(name) for name in ("one", "whole", "parts"))
+    for directory in others:
+        check_files("sft", directory)
+        for part in ("val", "test"):
+            expected, found = (np.load(path / f"{part}_blocks.npy", allow_pickle=False) for path in (one, directory))
+            assert found["document"].tolist() == expected["document"].tolist()
+            assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
 
 
 # --- the first step ----------------------------------------------------------------------------------------------

@@ -358,6 +358,17 @@ def test_draws_differ_between_equal_rows_and_a_seed_fixes_them() -> None:
     assert len({tuple(row) for row in first.tolist()}) == 8
 
 
+@pytest.mark.parametrize("config", [GenerationConfig(max_new_tokens=6), GenerationConfig("sample", 6, 2.0, seed=3)])
+def test_several_responses_to_a_prompt_are_those_to_several_equal_prompts(config: GenerationConfig) -> None:
+    generator = make_generator()
+    prompts, mask = padded()
+    repeated = generator.rollout(prompts.repeat_interleave(3, dim=0), mask.repeat_interleave(3, dim=0), config)
+    several = generator.rollout(prompts, mask, config, num_responses=3)
+    assert torch.equal(several.responses, repeated.responses)
+    assert torch.equal(several.mask, repeated.mask)
+    torch.testing.assert_close(several.logprobs, repeated.logprobs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_that_ends_does_not_change_the_others() -> None:
     free, stopped, _ = free_and_stopped(GenerationConfig("sample", temperature=2.0, seed=5))
     width = stopped.responses.size(1)

@@ -73,6 +73,7 @@ def rounded(weight: Tensor, config: IntegerConfig) -> Tensor:
         (("quantization=int4", "model.intermediate_size=250"), ["group_size=32", "model.intermediate_size=250"]),
         (("quantization=int8", "adapter=lora"), ["adapter=lora", "quantization=int8"]),
         (("quantization=int4", "train.compile=true"), ["train.compile=true", "quantization"]),
+        (("quantization=int4", "train.strategy=fsdp"), ["train.strategy=fsdp and quantization=int4", "strategy=ddp"]),
     ],
 )
 def test_a_bad_setting_is_named(overrides: tuple[str, ...], words: list[str]) -> None:

@@ -174,8 +174,8 @@ def test_the_summary_names_states_errors_logs_and_last_lines() -> None:
     (directories[4] / RESULT).touch()
     text = summary({directory: run_state(directory) for directory in directories}, {})
     assert text.splitlines() == [
-        "run   state        validation perplexity",
-        "run0  done         12.18",
+        "run   state        outcome",
+        "run0  done         validation perplexity 12.18",
         "run1  failed       it broke",
         "    log: job.log",
         *(f"    | line {number}" for number in range(5, 10)),

@@ -62,6 +62,16 @@ class Comparison:
         return rows.iloc[0] if len(rows) else None
 
     @property
+    def measure(self) -> str:
+        """What numbers are quoted in: `ppl`, or `loss` for trainers that have no perplexity."""
+        return "ppl" if self.settings["val_ppl"].notna().any() else "loss"
+
+    @property
+    def column(self) -> str:
+        """The column of the quoted numbers."""
+        return f"{'test' if self.part == 'test' else 'val'}_{self.measure}"
+
+    @property
     def equals(self) -> list[str]:
         """Labels of the settings that cannot be told from the best, without itself."""
         if not self.has_set:
@@ -72,9 +82,9 @@ class Comparison:
         """Return alpha (rows) by temperature (columns) as text, mean +- SD over seeds; alpha 0 has no temperature.
 
         Args:
-            value: Column to show; perplexity on the quoted part if None.
+            value: Column to show; `column` if None.
         """
-        name = value or ("test_ppl" if self.part == "test" else "val_ppl")
+        name = value or self.column
         frame = self.settings[self.settings["alpha"].notna()].copy() if len(self.settings) else self.settings
         if frame.empty:
             return pd.DataFrame()

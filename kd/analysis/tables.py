@@ -72,13 +72,13 @@ def _cell(value: object) -> str:
 
 def settings_table(comparison: Comparison) -> Table:
     """Return the settings by rank, with their differences to the best and to the baseline."""
-    part = "test" if comparison.part == "test" else "val"
+    measure, quoted = comparison.measure, comparison.column
     header = [
         "setting",
         "verdict",
         "seeds",
-        "val ppl",
-        f"{comparison.part} ppl",
+        f"val {measure}",
+        f"{comparison.part} {measure}",
         "to the best (nats)",
         "to the baseline (nats)",
     ]
@@ -92,9 +92,9 @@ def settings_table(comparison: Comparison) -> Table:
             str(values["label"]),
             verdict,
             str(values["seeds"]),
-            spread_text(values["val_ppl"], values["val_ppl_sd"]),
+            spread_text(values[f"val_{measure}"], values[f"val_{measure}_sd"]),
         ]
-        cells += [spread_text(values[f"{part}_ppl"], values[f"{part}_ppl_sd"])]
+        cells += [spread_text(values[quoted], values[f"{quoted}_sd"])]
         cells += [interval_text(values["difference"], values["low"], values["high"])]
         cells += [interval_text(*(values[f"baseline_{name}"] for name in ("difference", "low", "high")))]
         gap = values["gap_closed"]

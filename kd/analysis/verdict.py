@@ -35,11 +35,12 @@ def verdict(comparison: Comparison, level: float = LEVEL) -> list[str]:
 
 
 def _quoted(comparison: Comparison) -> str:
-    best, column = comparison.best, "test_ppl" if comparison.part == "test" else "val_ppl"
+    best, column = comparison.best, comparison.column
     assert best is not None
+    measure = "perplexity" if comparison.measure == "ppl" else "loss"
     seeds, sd = int(best["seeds"]), float(best[f"{column}_sd"])
     spread = "one seed" if seeds == 1 else f"SD {sd_text(sd)} over {seeds} seeds"
-    return f"{comparison.part} perplexity {float(best[column]):.5g}, {spread}"
+    return f"{comparison.part} {measure} {float(best[column]):.5g}, {spread}"
 
 
 def _equals(comparison: Comparison, level: float) -> str:

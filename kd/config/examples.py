@@ -37,7 +37,7 @@ class InstructionsDataConfig(ExampleConfig):
 
     max_chars: int = 340
     """Longest prompt and response together, in characters."""
-    arithmetic_share: float = 0.5
+    arithmetic_share: float = 0.6
     """Share of additions among the examples, in [0, 1]."""
     digits: int = 2
     """Most digits of an addition's operand."""

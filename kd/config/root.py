@@ -59,6 +59,7 @@ class Config:
         device_ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         require(device_ok, "device", self.device, "use auto, cpu, cuda or cuda:N")
         require(self.tracker == "none", "tracker", self.tracker, "only none is supported")
+        self._check_strategy()
         if isinstance(self.adapter, LoRAConfig):
             self.adapter.check_fits(self.model)
         if isinstance(self.quantization, IntegerConfig):
@@ -66,6 +67,16 @@ class Config:
         self._check_data()
         if isinstance(self.data, CorpusConfig):
             self._check_teacher(self.data)
+
+    def _check_strategy(self) -> None:
+        chosen = ["adapter=lora"] if isinstance(self.adapter, LoRAConfig) else []
+        if isinstance(self.quantization, IntegerConfig):
+            chosen.append(f"quantization=int{self.quantization.weight_bits}")
+        if chosen and self.train.strategy == "fsdp":
+            raise ConfigError(
+                f"train.strategy=fsdp and {chosen[0]} do not go together: merged and integer weights are made of whole "
+                "ones, of which fsdp leaves each process a part. Set train.strategy=ddp."
+            )
 
     def _check_quantization(self, quantization: IntegerConfig) -> None:
         quantization.check_fits(self.model)

@@ -9,10 +9,11 @@ from kd.config.checks import require, require_finite, require_positive
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 PRECISIONS = ("float32", "bfloat16", "float16")
+STRATEGIES = ("ddp", "fsdp")
 REWARDS = ("exact_text", "exact_answer")
 """As in `kd.rewards`."""
 
-NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval", "compile", "gradient_checkpointing")
+NOT_IN_IDENTITY = ("checkpoint_dir", "log_interval", "save_interval", "compile", "gradient_checkpointing", "strategy")
 """What changes no result but by rounding."""
 LATER = ("optimizer", "schedule", "decay_steps", "precision", "early_stopping_patience")
 """What came later: as it was before, it does not enter, so that earlier runs are still known."""
@@ -26,6 +27,8 @@ class TrainerConfig:
     """Name of the trainer that takes this configuration."""
     compiles: ClassVar[bool] = True
     """Whether `compile` has an effect."""
+    shards: ClassVar[bool] = True
+    """Whether the trainer can do with a part of the weights in each process (`strategy=fsdp`)."""
 
     batch_size: int = 8
     """Sequences (of preferences pairs, of GRPO prompts) per micro-batch."""
@@ -48,7 +51,7 @@ class TrainerConfig:
     save_interval: int = 1000
     """Optimizer steps between checkpoints."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step; of each process, where there are several."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, if that is sooner than num_epochs; null: no limit."""
     eval_blocks: int | None = None
@@ -69,11 +72,20 @@ class TrainerConfig:
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row without a lower validation loss, and go back to the weights of the
     lowest; null: train to the end."""
+    strategy: str = "ddp"
+    """How several processes (torchrun's) train together: ddp, each with the whole model; or fsdp, each with a part of
+    its weights and of the optimizer's state. One process needs none."""
 
     def __post_init__(self) -> None:
         require(self.optimizer in OPTIMIZERS, "train.optimizer", self.optimizer, f"use one of {', '.join(OPTIMIZERS)}")
         require(self.schedule in SCHEDULES, "train.schedule", self.schedule, f"use one of {', '.join(SCHEDULES)}")
         require(self.precision in PRECISIONS, "train.precision", self.precision, f"use one of {', '.join(PRECISIONS)}")
+        require(self.strategy in STRATEGIES, "train.strategy", self.strategy, f"use one of {', '.join(STRATEGIES)}")
+        if self.strategy == "fsdp":
+            require(self.shards, "train.strategy", "fsdp", f"{self.trainer} needs whole models; set train.strategy=ddp")
+            advice = "with train.strategy=fsdp it is not supported; use bfloat16 or float32"
+            require(self.precision != "float16", "train.precision", self.precision, advice)
+            require(not self.compile, "train.compile", "true", "with train.strategy=fsdp it is not supported")
         has_decay = self.decay_steps is None or self.schedule == "wsd"
         require(has_decay, "train.decay_steps", self.decay_steps, "it has an effect with train.schedule=wsd only")
         require(
@@ -146,6 +158,7 @@ class DPOConfig(TrainerConfig):
 
     trainer: ClassVar[str] = "dpo"
     compiles: ClassVar[bool] = False
+    shards: ClassVar[bool] = False  # the reference is a copy of the whole model
 
     beta: float = 0.1
     """How strongly the policy is held to the reference, > 0."""
@@ -182,6 +195,7 @@ class GRPOConfig(TrainerConfig):
 
     trainer: ClassVar[str] = "grpo"
     compiles: ClassVar[bool] = False
+    shards: ClassVar[bool] = False  # as for DPO; and responses are sampled with all weights
 
     group_size: int = 8
     """Responses to each prompt, which are judged against each other; at least 2."""

@@ -1,6 +1,6 @@
 """Loaders of packed blocks whose order is a function of seed and epoch, so that any position can be returned to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -33,7 +33,8 @@ class BatchOrder(Sampler[list[int]]):
         self.seed = seed
         self.unit = unit
         self.epoch = 0
-        self.first_batch = 0
+        self.batches: Sequence[int] | None = None
+        """Numbers of the batches that the next iteration yields, and it alone; None: all."""
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""
@@ -42,10 +43,10 @@ class BatchOrder(Sampler[list[int]]):
         return self.num_blocks // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        first, self.first_batch = self.first_batch, 0
-        order = self._order()
-        starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        return (order[start : start + self.batch_size].tolist() for start in starts)
+        chosen, self.batches = self.batches, None
+        order, size = self._order(), self.batch_size
+        numbers = range(len(self)) if chosen is None else chosen
+        return (order[number * size : (number + 1) * size].tolist() for number in numbers)
 
     def _order(self) -> "np.ndarray[tuple[int], np.dtype[np.int_]]":
         if self.seed is None:
@@ -86,8 +87,12 @@ class PositionedLoader(DataLoader[dict[str, Tensor]], Generic[D]):
         """
         if epoch < 0 or not 0 <= batch <= len(self):
             raise ValueError(f"epoch {epoch}, batch {batch}: an epoch has {len(self)} batches.")
+        self.choose(epoch, range(batch, len(self)))
+
+    def choose(self, epoch: int, batches: Sequence[int]) -> None:
+        """Make the next iteration yield these batches of `epoch`, by their numbers; the one after it yields all."""
         self.order.epoch = epoch
-        self.order.first_batch = batch
+        self.order.batches = batches
 
 
 class BlockLoader(PositionedLoader[PackedBlocks]):

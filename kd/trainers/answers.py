@@ -1,6 +1,8 @@
-"""Prompts and answers as one sequence, and the log-probabilities of the answers."""
+"""Prompts and answers as one sequence, the log-probabilities of the answers, and what trains on these."""
 
 import copy
+from abc import ABC
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,8 @@ from kd.checkpoint import holds_adapters
 from kd.heads import NoLinearHeadError, SplitModel, logits_of
 from kd.losses import IGNORE_INDEX
 from kd.token_logprobs import TokenLogprobs, linear_token_logprobs, token_logprobs
+from kd.trainers.base import BaseTrainer
+from kd.trainers.state import C
 
 
 class Sequences(NamedTuple):
@@ -79,7 +83,21 @@ class AnswerScorer(nn.Module):
             return token_logprobs(logits_of(self.model(input_ids)), labels, with_entropy=with_entropy)
         head = self._split.head
         hidden = self._split.hidden(input_ids)
-        return linear_token_logprobs(hidden, head.weight, labels, bias=head.bias, with_entropy=with_entropy)
+        found = linear_token_logprobs(hidden, head.weight, labels, bias=head.bias, with_entropy=with_entropy)
+        # FSDP2 hangs the backward pass's work on what comes out, which must not be a view for that.
+        return TokenLogprobs(found.logprobs.clone(), None if found.entropy is None else found.entropy.clone())
+
+
+class AnswerTrainer(BaseTrainer[C], ABC):
+    """A trainer on the log-probabilities of answers."""
+
+    @cached_property
+    def scorer(self) -> AnswerScorer:
+        """The trained model and its log-probabilities."""
+        return AnswerScorer(self.model)
+
+    def _trained_module(self) -> nn.Module:
+        return self.scorer
 
 
 class AdapterFreeScorer(AnswerScorer):

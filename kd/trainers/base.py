@@ -6,16 +6,17 @@ import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from kd.data import PositionedLoader
+from kd.distributed import reduce_tensor, sum_of_all
 from kd.errors import Interrupted, NumericError
 from kd.losses import IGNORE_INDEX
 from kd.runs import Number
+from kd.trainers.dealing import Dealt, deal, position_after
 from kd.trainers.evaluating import EvaluatingTrainer, StopRequest
 from kd.trainers.progress import Progress
 from kd.trainers.state import Batch, C
@@ -39,7 +40,8 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         model: The model that is trained; moved to `device`.
         optimizer: Built from the config (AdamW, no decay on norms) if None.
         train_loader, val_loader: Iterables of batches with a length. A `PositionedLoader` can restore its
-            position exactly; others are fast-forwarded. Either may be None if its method is not called.
+            position exactly; others are fast-forwarded. Either may be None if its method is not called. Several
+            processes are given the same loaders, whose batches are dealt to them (`kd.trainers.dealing`).
         lr_scheduler: Stepped once per optimizer step; linear warm-up, then cosine to 0, if None.
         config: The trainer's configuration; its class's defaults if None.
         device: Where to train; the model's own device if None.
@@ -50,7 +52,7 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
 
     @abstractmethod
     def _forward(self, batch: Batch) -> Any:
-        """Run the model(s)."""
+        """Run the model(s); the trained one as `self.module`, which with several processes is more than the model."""
 
     @abstractmethod
     def _compute_loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, Terms]:
@@ -108,23 +110,25 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
 
         Args:
             batch: As the loader gives it.
-            units: Valid units of the whole window that the loss is normalised by; the batch's own if None.
+            units: Valid units of the whole window that the loss is normalised by; the batch's own, of all processes
+                together, if None.
 
         Returns:
             `loss` (the batch's mean) and the loss terms. With `precision=float16` the gradients are scaled.
         """
         prepared = self._prepare_batch(batch)
         count = self._count_units(prepared)
-        terms = self._backward(prepared, count, count if units is None else units)
+        terms = self._backward(prepared, count, reduce_tensor(count, op="sum") if units is None else units)
         return {name: float(value.sum()) for name, value in terms.items()}
 
-    def _windows(self) -> Iterator[list[Batch]]:
-        """Yield the windows that are left, from the current epoch and batch on."""
+    def _windows(self) -> Iterator[list[Dealt]]:
+        """Yield this process's part of the windows that are left, from the current epoch and batch on."""
         while not self._is_over():
-            batches = self._open_epoch()
-            self._restore_pending_rng()
+            assert self.train_loader is not None
+            batches = deal(self.train_loader, self.epoch, self.batch_in_epoch)
+            self._settle_rng()
             while window := list(itertools.islice(batches, self.config.gradient_accumulation_steps)):
-                self.batch_in_epoch += len(window)
+                self.batch_in_epoch = position_after(self.train_loader, self.batch_in_epoch, len(window))
                 yield window
                 if self._is_over():
                     return
@@ -134,25 +138,19 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
     def _is_over(self) -> bool:
         return self.step >= self.total_steps or self._has_stopped_gaining()
 
-    def _open_epoch(self) -> Iterator[Batch]:
-        loader = self.train_loader
-        assert loader is not None
-        if isinstance(loader, PositionedLoader):
-            loader.set_position(self.epoch, self.batch_in_epoch)
-            return iter(loader)
-        return itertools.islice(loader, self.batch_in_epoch, None)
-
-    def _train_window(self, window: list[Batch], progress: Progress) -> None:
-        batches = [self._prepare_batch(batch) for batch in window]
-        counts = [self._count_units(batch) for batch in batches]
+    def _train_window(self, window: list[Dealt], progress: Progress) -> None:
+        batches = [self._prepare_batch(dealt.batch) for dealt in window]
+        counts = [self._count_units(batch) * dealt.counts for batch, dealt in zip(batches, window, strict=True)]
         # clamp_min stays on the device; max(1, int(n)) would stall a GPU once per window.
-        units = torch.stack(counts).sum(dim=0).clamp_min(1)
+        units = reduce_tensor(torch.stack(counts).sum(dim=0), op="sum").clamp_min(1)
+        counting = [batch for batch, dealt in zip(batches, window, strict=True) if dealt.counts]
+        tokens = sum_of_all(sum(self._count_tokens(batch) for batch in counting))
         first = self.step
         for _ in range(min(self.optimization_epochs, self.total_steps - first)):
-            for batch, count in zip(batches, counts, strict=True):
-                self._record_terms(self._backward(batch, count, units), count)
+            for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+                self._record_terms(self._backward(batch, count, units, index == len(batches) - 1), count)
             self._optimizer_step()
-            self._meter.tokens += sum(self._count_tokens(batch) for batch in batches)
+            self._meter.tokens += tokens
             self.step += 1
             self._after_step(batches[-1], progress)
         # Not within a window: a checkpoint, which either may lead to, knows positions between windows only.
@@ -169,21 +167,25 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
             own = count if name == "loss" else count[self.units_of_terms.get(name, -1)]
             self._meter.add({name: value}, weight=own)
 
-    def _backward(self, batch: Batch, count: Tensor, units: Tensor) -> Terms:
-        with self.precision.autocast():
-            loss, terms = self._compute_loss(self._forward(batch), batch)
-        share = (loss * (count / units.clamp_min(1))).sum()
-        self.precision.scale(share).backward()  # type: ignore[no-untyped-call]
+    def _backward(self, batch: Batch, count: Tensor, units: Tensor, is_last: bool = True) -> Terms:
+        with self.strategy.micro_batch(is_last):
+            with self.precision.autocast():
+                loss, terms = self._compute_loss(self._forward(batch), batch)
+            # Gradients of several processes are averaged, not summed.
+            share = (loss * (count / units.clamp_min(1))).sum() * self.world_size
+            self.precision.scale(share).backward()  # type: ignore[no-untyped-call]
+        self.strategy.check_called()
         return {"loss": loss.detach(), **terms}
 
     def _optimizer_step(self) -> None:
         self.precision.unscale(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = self.strategy.grad_norm(self.model)
         if torch.isfinite(norm):
             # Not before: clipping by a NaN norm would spread it to all gradients and hide where it began.
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.gradient_clip, norm)
             self.precision.step(self.optimizer)
-            self._meter.add({"grad_norm": norm.detach()}, weight=torch.ones_like(norm))
+            if self.is_main:  # all have the same
+                self._meter.add({"grad_norm": norm.detach()}, weight=torch.ones_like(norm))
             self._bad_steps = 0
         elif self.precision.can_lower_scale:
             log.info(
@@ -201,7 +203,7 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
 
     def _warn_not_finite(self) -> None:
         self._bad_steps += 1
-        name = first_nonfinite_gradient(self.model)
+        name = first_nonfinite_gradient(self.model, self.strategy.whole)
         latest = self._meter.latest()
         latest.pop("grad_norm", None)  # an earlier step's
         terms = ", ".join(f"{key} {value:g}" for key, value in latest.items())
@@ -259,9 +261,9 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         self._write_history()
 
 
-def first_nonfinite_gradient(model: nn.Module) -> str:
-    """Return the name of the first parameter whose gradient holds NaN or infinity, `none` if all are finite."""
+def first_nonfinite_gradient(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> str:
+    """Return the name of the first parameter whose `whole` gradient holds NaN or infinity, `none` if all are finite."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not torch.isfinite(whole(parameter.grad)).all():
             return name
     return "none"

@@ -69,7 +69,7 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
         self._known: dict[int, float] = {}
 
     def _forward(self, batch: Batch) -> _Outputs:
-        policy = self._pair_logprobs(self.scorer, batch)
+        policy = self._pair_logprobs(self.module, batch)
         return _Outputs(policy, self._reference_logprobs(batch).to(policy.summed))
 
     @torch.no_grad()

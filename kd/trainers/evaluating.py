@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 import torch
 
-from kd.checkpoint import load_weights
 from kd.data import BlockLoader
+from kd.distributed import gather_objects, largest_of_all
 from kd.runs import Number
+from kd.trainers.dealing import check_dealing, deal
 from kd.trainers.evaluation import BlockScores, Scores
 from kd.trainers.state import Batch, C, TrainerState
 
@@ -56,17 +57,22 @@ class EvaluatingTrainer(TrainerState[C], ABC):
         loader = self.val_loader if loader is None else loader
         if loader is None:
             raise ValueError(f"{type(self).__name__}.evaluate() needs a val_loader, and none was given")
+        if self.world_size > 1 and loader is not self.val_loader:
+            check_dealing(None, loader)
         before, training = self.state, self.model.training
         self.state = "evaluating"
         self.model.eval()
         try:
             parts: list[Scores] = []
             seen = 0
-            for batch in loader:
+            for dealt in deal(loader):
                 self._raise_if_stopped()
                 with self.precision.autocast():
-                    parts.append(self._score_batch(self._prepare_for_scoring(batch), with_teacher))
-                seen += len(parts[-1])
+                    part = self._score_batch(self._prepare_for_scoring(dealt.batch), with_teacher)
+                # A batch of each process at a time, by rank: the order of the loader.
+                new = [found for found in gather_objects(part if dealt.counts else None) if found is not None]
+                parts += new
+                seen += sum(map(len, new))
                 if max_blocks is not None and seen >= max_blocks:
                     break
         finally:
@@ -110,7 +116,7 @@ class EvaluatingTrainer(TrainerState[C], ABC):
             column.pop()  # the final evaluation takes its place
         if self.best_step not in (None, self.step):
             log.info("Going back to the weights of step %d, whose validation loss is lowest", self.best_step)
-            load_weights(self._checkpoint_path(self.best_step), self.model)
+            self.strategy.load_weights(self._checkpoint_path(self.best_step), self.model)
 
     def _record_scores(self, scores: Scores) -> None:
         row: dict[str, Number] = {"val_step": self.step, **scores.metrics()}
@@ -144,7 +150,9 @@ class EvaluatingTrainer(TrainerState[C], ABC):
         return loss / math.log(2) * self.val_loader.dataset.tokens_per_byte
 
     def _raise_if_stopped(self) -> None:
-        if self.stop.signum is not None:
+        """Leave if a process was asked to stop; all leave at the same point, since all ask each other."""
+        if signum := largest_of_all(self.stop.signum or 0):
+            self.stop.signum = signum
             raise StopRequest
 
 

@@ -17,8 +17,8 @@ from kd.generation import GenerationConfig, TextGenerator
 from kd.losses import IGNORE_INDEX
 from kd.policy_losses import GRPOTerms, grpo_loss
 from kd.token_logprobs import TokenLogprobs
-from kd.trainers.answers import AnswerScorer, reference_scorer
-from kd.trainers.base import BaseTrainer, Terms
+from kd.trainers.answers import AnswerScorer, AnswerTrainer, reference_scorer
+from kd.trainers.base import Terms
 from kd.trainers.evaluation import ExampleScores
 from kd.trainers.groups import join_rollout, log_terms
 from kd.trainers.rollouts import RewardFunction, Rollouts, in_eval_mode
@@ -30,7 +30,7 @@ class _Outputs(NamedTuple):
     reference: Tensor | None
 
 
-class GRPOTrainer(BaseTrainer[GRPOConfig]):
+class GRPOTrainer(AnswerTrainer[GRPOConfig]):
     """Train a policy on rewards. Batches: see `Rollouts`.
 
     The ratio is that to the policy that drew the responses, which has no dropout: with dropout it differs from 1 even
@@ -77,7 +77,6 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
             run_dir=run_dir,
         )
         self.rollouts = Rollouts(model, generator, reward_fn)
-        self.scorer = AnswerScorer(self.model)
         self._reference: AnswerScorer | None = None
         if config.kl_coef > 0:
             self._reference = reference_scorer(model, ref_model, self.device)
@@ -98,7 +97,7 @@ class GRPOTrainer(BaseTrainer[GRPOConfig]):
 
     def _forward(self, batch: Batch) -> _Outputs:
         arguments = batch["input_ids"], batch["labels"]
-        policy = self.scorer(*arguments, with_entropy=self.config.entropy_coef > 0)
+        policy = self.module(*arguments, with_entropy=self.config.entropy_coef > 0)
         if self._reference is None:
             return _Outputs(policy, None)
         with torch.no_grad():

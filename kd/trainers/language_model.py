@@ -4,7 +4,7 @@ import logging
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.errors import ConfigError
 from kd.heads import NoLinearHeadError, logits_of
@@ -53,6 +53,9 @@ class LanguageModelTrainer(BaseTrainer[C]):
         """Return what, other than the model, asks for full logits; None if nothing does."""
         return None
 
+    def _trained_module(self) -> nn.Module:
+        return self.model if self.linear_loss is None else self.linear_loss
+
     def _prepare_batch(self, batch: Batch) -> Batch:
         return {
             name: value if name == STAYS_ON_CPU else value.to(self.device, non_blocking=True)
@@ -61,8 +64,8 @@ class LanguageModelTrainer(BaseTrainer[C]):
 
     def _forward(self, batch: Batch) -> Any:
         if self.linear_loss is not None:
-            return Loss(*self.linear_loss(batch["input_ids"], batch["labels"]))
-        return logits_of(self.model(batch["input_ids"]))
+            return Loss(*self.module(batch["input_ids"], batch["labels"]))
+        return logits_of(self.module(batch["input_ids"]))
 
     def _compute_loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, Terms]:
         if isinstance(outputs, Loss):

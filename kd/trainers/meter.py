@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd.distributed import gather_objects, get_rank, is_distributed
+
 
 class Meter:
-    """Weighted means of named 0-d tensors, and the speed, since the last `take`."""
+    """Weighted means of named 0-d tensors, and the speed, since the last `take`; over all processes."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
@@ -33,13 +35,18 @@ class Meter:
         self._latest |= values
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to finish the current interval as if it had not stopped."""
-        return {"tokens": self.tokens, "sums": self._sums, "weights": self._weights}
+        """Return what a resumed run needs to finish the current interval as if it had not stopped.
+
+        All processes must ask.
+        """
+        return {"tokens": self.tokens, "sums": _added(self._sums), "weights": _added(self._weights)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned; in one process, since it is of all."""
         self.tokens = state["tokens"]
         self._reset()
+        if get_rank() > 0:
+            return
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self._weights = {name: value.to(device) for name, value in state["weights"].items()}
 
@@ -48,12 +55,26 @@ class Meter:
         return {name: float(value.sum()) for name, value in self._latest.items()}
 
     def take(self) -> tuple[dict[str, float], float]:
-        """Return the means by name (NaN where nothing was added) and tokens per second, and start anew."""
+        """Return the means by name (NaN where nothing was added) and tokens per second, and start anew.
+
+        All processes must ask.
+        """
+        sums, weights = _added(self._sums), _added(self._weights)
         means = {
-            name: float((self._sums[name] / self._weights[name]).sum()) if name in self._sums else float("nan")
-            for name in self._names
+            name: float((sums[name] / weights[name]).sum()) if name in sums else float("nan") for name in self._names
         }
         seconds = time.monotonic() - self._since
         speed = (self.tokens - self._tokens_before) / max(seconds, 1e-9)
         self._reset()
         return means, speed
+
+
+def _added(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return sums over all processes, by name."""
+    if not is_distributed():
+        return own
+    total: dict[str, Tensor] = {}
+    for part in gather_objects({name: value.cpu() for name, value in own.items()}):
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total

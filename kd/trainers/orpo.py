@@ -30,7 +30,7 @@ class ORPOTrainer(PreferenceTrainer[ORPOConfig]):
     units_of_terms = {"ce_loss": 0}  # noqa: RUF012 - never changed
 
     def _forward(self, batch: Batch) -> PairLogprobs:
-        return self._pair_logprobs(self.scorer, batch)
+        return self._pair_logprobs(self.module, batch)
 
     def _count_units(self, batch: Batch) -> Tensor:
         pairs = len(batch["labels"]) // 2

@@ -1,19 +1,15 @@
 """What the trainers on pairs of answers share: batches, the answers' log-probabilities, rewards and scores."""
 
-from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kd.config import TrainerConfig
 from kd.losses import IGNORE_INDEX
-from kd.trainers.answers import AnswerScorer, join_answers
-from kd.trainers.base import BaseTrainer, Terms
+from kd.trainers.answers import AnswerTrainer, join_answers
+from kd.trainers.base import Terms
 from kd.trainers.evaluation import ExampleScores
-from kd.trainers.state import Batch
-
-C = TypeVar("C", bound=TrainerConfig)
+from kd.trainers.state import Batch, C
 
 
 class PairLogprobs(NamedTuple):
@@ -25,7 +21,7 @@ class PairLogprobs(NamedTuple):
     """Number of an answer's tokens."""
 
 
-class PreferenceTrainer(BaseTrainer[C]):
+class PreferenceTrainer(AnswerTrainer[C]):
     """Trains on pairs of answers to a prompt, one of which was chosen.
 
     Batches hold `prompt_`, `chosen_` and `rejected_` x `input_ids` and `attention_mask` (B, L of each), padded on
@@ -36,11 +32,6 @@ class PreferenceTrainer(BaseTrainer[C]):
     """
 
     loss_terms: tuple[str, ...] = ("reward_margin", "reward_accuracy")
-
-    @cached_property
-    def scorer(self) -> AnswerScorer:
-        """The trained model and its log-probabilities."""
-        return AnswerScorer(self.model)
 
     def _prepare_batch(self, batch: Batch) -> Batch:
         moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -53,7 +44,7 @@ class PreferenceTrainer(BaseTrainer[C]):
         input_ids, labels = join_answers(prompts.repeat(2, 1), mask.repeat(2, 1), answers, answer_mask)
         return {"input_ids": input_ids, "labels": labels}
 
-    def _pair_logprobs(self, scorer: AnswerScorer, batch: Batch) -> PairLogprobs:
+    def _pair_logprobs(self, scorer: nn.Module, batch: Batch) -> PairLogprobs:
         logprobs = scorer(batch["input_ids"], batch["labels"]).logprobs
         tokens = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
         return PairLogprobs(logprobs.sum(dim=1).view(2, -1).T, tokens.view(2, -1).T)

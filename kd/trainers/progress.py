@@ -8,6 +8,8 @@ from types import TracebackType
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from kd.distributed import get_rank
+
 log = logging.getLogger("kd")
 
 
@@ -19,7 +21,8 @@ class Progress:
         self._started = time.monotonic()
         self._first_step = first_step
         # disable=None: no bar where stderr is not a terminal.
-        self._bar = tqdm(desc=description, initial=first_step, total=total_steps, unit="step", disable=None)
+        hidden = None if get_rank() == 0 else True
+        self._bar = tqdm(desc=description, initial=first_step, total=total_steps, unit="step", disable=hidden)
         self._redirect = logging_redirect_tqdm() if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Progress":

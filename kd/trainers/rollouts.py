@@ -54,15 +54,19 @@ class Rollouts:
         seed = int(torch.randint(2**31, ())) + get_rank()
         repeated = {name: value.repeat_interleave(config.group_size, dim=0) for name, value in batch.items()}
         sampling = GenerationConfig("sample", config.max_new_tokens, config.sampling_temperature, seed=seed)
-        return self.respond(repeated, sampling)
+        return {**repeated, **self._responses(batch, sampling, config.group_size)}
 
     def respond(self, batch: Batch, config: GenerationConfig) -> Batch:
-        """Return the batch with a response to each prompt; the model stays in its mode."""
+        """Return the batch with a response to each prompt."""
+        return {**batch, **self._responses(batch, config, 1)}
+
+    def _responses(self, batch: Batch, config: GenerationConfig, num_responses: int) -> Batch:
+        """Return responses to each prompt, and their mask; the model stays in its mode."""
         if self.generator is None:
             raise ValueError("GRPOTrainer needs a generator to sample responses, or batches that hold `responses`.")
         with in_eval_mode(self.model):
-            rollout = self.generator.rollout(batch["prompts"], mask_of(batch, "prompts"), config)
-        return {**batch, "responses": rollout.responses.cpu(), "response_attention_mask": rollout.mask.cpu().long()}
+            rollout = self.generator.rollout(batch["prompts"], mask_of(batch, "prompts"), config, num_responses)
+        return {"responses": rollout.responses.cpu(), "response_attention_mask": rollout.mask.cpu().long()}
 
     def rewards(self, rollout: Batch) -> Tensor:
         """Return the reward of each response, (B,) float32.

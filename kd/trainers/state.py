@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -13,19 +13,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kd.checkpoint import holds_adapters, load_state, load_weights, save_checkpoint
+from kd.checkpoint import holds_adapters, load_state, save_checkpoint
 from kd.config import TrainerConfig
-from kd.distributed import get_rank, get_world_size, is_distributed
+from kd.distributed import get_rank, get_world_size, require_group, wait_for_all
+from kd.errors import ConfigError
 from kd.files import write_json
 from kd.heads import enable_gradient_checkpointing
 from kd.model import StudentModel, forward_flops_per_token, num_parameters
 from kd.optim import configure_optimizer, create_schedule
 from kd.runs import History
 from kd.stop import StopSignal
+from kd.trainers.dealing import check_dealing, num_batches
 from kd.trainers.evaluation import Scores
 from kd.trainers.machine import peak_memory_bytes, restore_rng, rng_state
 from kd.trainers.meter import Meter
 from kd.trainers.precision import Precision
+from kd.trainers.strategies import make_strategy, random_numbers_of_its_own
 
 log = logging.getLogger("kd")
 
@@ -60,10 +63,11 @@ class TrainerState(Generic[C]):
         self.model = model.to(self.device)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.run_dir = run_dir
-        self.use_ddp = is_distributed() and get_world_size() > 1
-        self.is_main = get_rank() == 0
+        self._join(has_optimizer=optimizer is not None)
         self.total_steps = self._count_steps()
         self._check_early_stopping()
+        # Before the optimizer, which must be of the weights that this leaves.
+        self.strategy = make_strategy(self.config.strategy, self._trained_module)
         self.optimizer = optimizer or configure_optimizer(
             self.model, self.config.optimizer, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
         )
@@ -86,9 +90,22 @@ class TrainerState(Generic[C]):
         self._evaluations_without_gain = 0
         self._meter = Meter(("loss", "grad_norm", *self.loss_terms))
         self._pending_rng: dict[str, Any] | None = None
+        self._has_random_numbers = False
         self._learning_rate = self.config.learning_rate
         self._wall_before = 0.0
         self._started = time.monotonic()
+
+    def _join(self, has_optimizer: bool) -> None:
+        """Find out which of several processes this one is, and check that they can work together."""
+        require_group()
+        self.is_main, self.world_size = get_rank() == 0, get_world_size()
+        self.use_ddp = self.world_size > 1 and self.config.strategy == "ddp"
+        if self.world_size > 1:
+            check_dealing(self.train_loader, self.val_loader)
+        if has_optimizer and self.config.strategy == "fsdp":
+            raise ConfigError("train.strategy=fsdp makes its own optimizer, of parts of weights: give none.")
+        if self.config.strategy == "fsdp" and holds_adapters(self.model):
+            raise ConfigError("train.strategy=fsdp does not go with adapters: set train.strategy=ddp.")
 
     def _create_schedule(self) -> LRScheduler:
         config = self.config
@@ -102,6 +119,17 @@ class TrainerState(Generic[C]):
             and self.val_loader is None
         ):
             raise ValueError("early_stopping_patience watches the validation loss, and no val_loader was given")
+
+    def _trained_module(self) -> nn.Module:
+        """Return the module whose forward pass training runs: the model, or one that holds it."""
+        return self.model
+
+    @property
+    def module(self) -> nn.Module:
+        """What `_forward` must call in training: the module whose forward pass it runs, or what several processes have
+        wrapped it in. The model itself without its wrapper is `model`.
+        """
+        return self.strategy.module
 
     @property
     def optimization_epochs(self) -> int:
@@ -129,20 +157,30 @@ class TrainerState(Generic[C]):
             return passes * forward_flops_per_token(self.model.config, self.model.config.max_seq_len)
         return 2.0 * passes * num_parameters(self.model)
 
+    @property
+    def _batches_per_step(self) -> int:
+        """Micro-batches of an optimizer step, of all processes together."""
+        return self.config.gradient_accumulation_steps * self.world_size
+
     def _count_steps(self) -> int:
         if self.train_loader is None:
             return 0
-        windows = math.ceil(_length(self.train_loader) / self.config.gradient_accumulation_steps)
+        windows = math.ceil(num_batches(self.train_loader) / self._batches_per_step)
         steps = windows * self.config.num_epochs * self.optimization_epochs
         return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write a checkpoint directory: weights, optimizer, scheduler, position, losses, config, RNG, history."""
+        """Write a checkpoint directory: weights, optimizer, scheduler, position, losses, config, RNG, history.
+
+        Of several processes all must call it, and the first one writes. What it writes does not depend on how many they
+        are, or on their strategy.
+        """
         before, self.state = self.state, "checkpointing"
+        weights = self.strategy.weights(self.model)
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.strategy.optimizer_state(self.optimizer),
             "scheduler": self.lr_scheduler.state_dict(),
             "epoch": self.epoch,
             "batch_in_epoch": self.batch_in_epoch,
@@ -150,7 +188,7 @@ class TrainerState(Generic[C]):
             "current_loss": self.current_loss,
             "best_val_loss": self.best_val_loss,
             "best_step": self.best_step,
-            "config": asdict(self.config),
+            "config": asdict(self.config) | {"gradient_accumulation_steps": self._batches_per_step},
             "rng": rng_state(),
             "meter": self._meter.state_dict(),
             "bad_steps": self._bad_steps,
@@ -160,7 +198,10 @@ class TrainerState(Generic[C]):
             "wall_seconds": self._wall_seconds(),
             "extra": self._get_extra_checkpoint_state(),
         }
-        save_checkpoint(Path(path), self.model, state)
+        if self.is_main:
+            save_checkpoint(Path(path), weights, state)
+        if self.world_size > 1:
+            wait_for_all()
         self.state = before
 
     def load_checkpoint(self, path: str | Path, *, weights_only: bool = False) -> None:
@@ -170,13 +211,13 @@ class TrainerState(Generic[C]):
             IntegrityError: if the checkpoint is damaged or of another architecture.
         """
         directory = Path(path)
-        load_weights(directory, self.model)
+        self.strategy.load_weights(directory, self.model)
         if weights_only:
             return
         state = load_state(directory)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.strategy.load_optimizer_state(self.optimizer, state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
-        self.config = type(self.config)(**state["config"])
+        self.config = type(self.config)(**self._divided(state["config"]))
         self.total_steps = self._count_steps()
         self.epoch, self.batch_in_epoch, self.step = state["epoch"], state["batch_in_epoch"], state["step"]
         self.current_loss = state["current_loss"]
@@ -191,14 +232,33 @@ class TrainerState(Generic[C]):
         if state["extra"] is not None:
             self._load_extra_checkpoint_state(state["extra"])
 
-    def _restore_pending_rng(self) -> None:
+    def _divided(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint's settings with each process's share of the micro-batches of a step."""
+        batches, rest = divmod(config["gradient_accumulation_steps"], self.world_size)
+        if rest:
+            total = config["gradient_accumulation_steps"]
+            raise ConfigError(
+                f"An optimizer step of this run has {total} micro-batches, which {self.world_size} processes cannot "
+                f"share alike: start a number of processes that divides {total}."
+            )
+        return {**config, "gradient_accumulation_steps": batches}
+
+    def _settle_rng(self) -> None:
         # Only now: opening a foreign loader may draw random numbers.
         if self._pending_rng is not None:
             restore_rng(self._pending_rng)
-            self._pending_rng = None
+            self._pending_rng, self._has_random_numbers = None, False
+        if not self._has_random_numbers:
+            random_numbers_of_its_own()
+            self._has_random_numbers = True
 
     def _save(self) -> None:
-        self.save_checkpoint(self._checkpoint_path(self.step))
+        self.save_checkpoint(self.last_checkpoint)
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the checkpoint of the step it is at goes."""
+        return self._checkpoint_path(self.step)
 
     def _checkpoint_path(self, step: int | None) -> Path:
         root = Path() if self.run_dir is None else self.run_dir
@@ -216,7 +276,7 @@ class TrainerState(Generic[C]):
         totals["parameters"] = num_parameters(self.model)
         self.history.timing["wall_seconds"] = round(self._wall_seconds(), 3)
         self.history.timing["peak_memory_bytes"] = peak_memory_bytes(self.device)
-        if self.run_dir is not None:
+        if self.run_dir is not None and self.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.run_dir / "history.json", self.history.to_json())
 
@@ -237,7 +297,8 @@ class TrainerState(Generic[C]):
             **self._share_that_trains(),
             "device": self.device,
             "steps": self.total_steps,
-            "batch": f"{self.config.batch_size} x {self.config.gradient_accumulation_steps}",
+            "batch": f"{self.config.batch_size} x {self.config.gradient_accumulation_steps}"
+            + (f" x {self.world_size} processes ({self.config.strategy})" if self.world_size > 1 else ""),
             **self._unusual_settings(),
             **self._get_extra_config_info(),
         }
@@ -250,9 +311,3 @@ class TrainerState(Generic[C]):
                 100 * self.total_steps / self.config.warmup_steps,
                 self.config.learning_rate,
             )
-
-
-def _length(loader: Iterable[Batch]) -> int:
-    if not isinstance(loader, Sized):
-        raise ValueError(f"the train_loader ({type(loader).__name__}) has no length; give one with __len__")
-    return len(loader)

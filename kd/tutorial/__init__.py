@@ -21,6 +21,7 @@ A path to read it by, in about an hour:
     5. kd/trainers/base.py: the real loop. It does what TrainerFromScratch does, in the same order; what it adds is for
        more than one device, for runs that are stopped, and for losses that are no plain cross-entropy.
     6. experiments/examples/custom_trainer.py: a trainer of your own.
+    7. experiments/from_scratch_to_distilled/: a notebook on what a teacher adds to all this.
 
 Hints: both optimizers can be given to the real trainers, `PretrainTrainer(model, AdamWFromScratch(model.parameters()),
 loader)`. Change a line and run the file again: its last lines compare with torch's own results, so it shows at once

@@ -1,7 +1,8 @@
 """Additions with answers that can be verified, digit by digit.
 
-Digits stand apart, so that each is a token of its own in any vocabulary that has " 7": with numbers as the BPE of other
-text happens to cut them, small models hardly learn to add (Nogueira et al. 2021, arXiv:2102.13019).
+Digits stand apart, so that each is a token of its own in any vocabulary that has " 7" (on which small models depend:
+Nogueira et al. 2021, arXiv:2102.13019), and numbers have leading zeros, so that digits of one place are always as far
+apart. With both, 500 steps of the small student learn what they do not begin to learn without.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from kd.data.sources.base import name_rank
 from kd.errors import ConfigError
 from kd.files import digest_of
 
-_FORMAT = 2
+_FORMAT = 3
 _MOST_ENUMERATED_DIGITS = 2
 _MOST_PAIRS = 100_000
 _Pair = tuple[int, int]
@@ -22,7 +23,7 @@ _Pair = tuple[int, int]
 def arithmetic_prompts(
     digits: int = 2, num_pairs: int | None = None, val_ratio: float = 0.1, test_ratio: float = 0.0
 ) -> ExampleSet[PromptExample]:
-    """Return additions like `Sum: 1 2 + 7 =` with the answer `1 9`, in both orders of their operands.
+    """Return additions like `Sum: 1 2 + 0 7 =` with the answer `0 1 9`, in both orders of their operands.
 
     Both orders are in one part, so that no held-out sum was trained on the other way round.
 
@@ -42,7 +43,8 @@ def arithmetic_prompts(
     description = f"additions of numbers of up to {digits} digit(s)"
 
     def read() -> dict[str, list[PromptExample]]:
-        groups = {addition: f"{a}+{b}" for a, b in _pairs(digits, num_pairs) for addition in _both_orders(a, b)}
+        pairs = _pairs(digits, num_pairs)
+        groups = {addition: f"{a}+{b}" for a, b in pairs for addition in _both_orders(a, b, digits)}
         return split_by_group(description, list(groups), groups.__getitem__, val_ratio, test_ratio)
 
     return ExampleSet(description, digest_of({"arithmetic": _FORMAT, **content}), read)
@@ -73,18 +75,18 @@ def _check_size(digits: int, num_pairs: int | None) -> None:
         )
 
 
-def _both_orders(a: int, b: int) -> Iterator[PromptExample]:
-    yield _addition(a, b)
+def _both_orders(a: int, b: int, digits: int) -> Iterator[PromptExample]:
+    yield _addition(a, b, digits)
     if a != b:
-        yield _addition(b, a)
+        yield _addition(b, a, digits)
 
 
-def _addition(a: int, b: int) -> PromptExample:
-    return PromptExample(f"Sum: {_spaced(a)} + {_spaced(b)} =", _spaced(a + b))
+def _addition(a: int, b: int, digits: int) -> PromptExample:
+    return PromptExample(f"Sum: {_spaced(a, digits)} + {_spaced(b, digits)} =", _spaced(a + b, digits + 1))
 
 
-def _spaced(number: int) -> str:
-    return " ".join(str(number))
+def _spaced(number: int, width: int) -> str:
+    return " ".join(f"{number:0{width}}")
 
 
 def _pairs(digits: int, num_pairs: int | None) -> list[_Pair]:

@@ -2,22 +2,25 @@
 
 from collections.abc import Sequence
 
-from kd.data.examples import AnswerExample, ExampleSet, in_fixed_order
+from kd.data.corpora import TRAIN
+from kd.data.examples import AnswerExample, ExampleSet, content_of, in_fixed_order
+from kd.data.sources.base import name_rank
 from kd.errors import ConfigError, DataError
 from kd.files import digest_of
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def mix_answers(
     first: ExampleSet[AnswerExample], second: ExampleSet[AnswerExample], second_share: float
 ) -> ExampleSet[AnswerExample]:
-    """Return the largest mixture in which `second` has the given share of each part's examples; none is repeated.
+    """Return all examples of `first`, and of `second` as many as make up the given share of each part.
 
-    Counts are rounded to whole examples, so that a tiny part may lack the rarer kind.
+    Where `second` has too few, the training part takes them several times, and a held-out part has a smaller share of
+    them. Counts are rounded to whole examples.
 
     Args:
-        first, second: Sets with the same parts; of each, the first examples of a part are taken.
+        first, second: Sets with the same parts; of `second`, the first examples of a part are taken.
         second_share: In [0, 1]; at 0 the mixture is `first` alone, at 1 `second` alone.
 
     Raises:
@@ -31,7 +34,7 @@ def mix_answers(
 
     def read() -> dict[str, list[AnswerExample]]:
         _check_same_parts(first, second)
-        return {part: _mix(first.parts[part], second.parts[part], second_share) for part in first.parts}
+        return {part: _mix(part, first.parts[part], second.parts[part], second_share) for part in first.parts}
 
     return ExampleSet(description, digest_of({"mixture": _FORMAT, **content}), read)
 
@@ -44,14 +47,18 @@ def _check_same_parts(first: ExampleSet[AnswerExample], second: ExampleSet[Answe
         )
 
 
-def _mix(first: Sequence[AnswerExample], second: Sequence[AnswerExample], second_share: float) -> list[AnswerExample]:
-    if second_share == 0:
-        chosen = list(first)
-    elif second_share == 1:
-        chosen = list(second)
-    else:
-        total = min(len(first) / (1 - second_share), len(second) / second_share)
-        chosen = [*first[: round(total * (1 - second_share))], *second[: round(total * second_share)]]
-    # Not the order of the sets themselves: of the larger one only the first of that order are here, and they would all
-    # come first again.
-    return in_fixed_order(chosen, "mixture")
+def _mix(
+    part: str, first: Sequence[AnswerExample], second: Sequence[AnswerExample], second_share: float
+) -> list[AnswerExample]:
+    if second_share == 1:
+        return in_fixed_order(second, "mixture")
+    wanted = round(len(first) * second_share / (1 - second_share))
+    if part != TRAIN:
+        wanted = min(wanted, len(second))
+    rounds, rest = divmod(wanted, len(second))
+    copies = [*[second] * rounds, second[:rest]]
+    chosen = [(example, "mixture") for example in first]
+    # Each copy has an order of its own, so that the first n of the mixture are a fair sample of it.
+    chosen += [(example, f"mixture {number}") for number, copy in enumerate(copies) for example in copy]
+    ranked = sorted(chosen, key=lambda pair: name_rank(pair[1], content_of(pair[0])))
+    return [example for example, _ in ranked]
