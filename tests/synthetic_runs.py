@@ -41,7 +41,7 @@ class Sweep:
         *,
         test: bool = True,
         test_shift: float = 0.0,
-        **train: float,
+        **train: float | str,
     ) -> Path:
         """Write a finished run whose expected loss is `loss`; return its directory."""
         settings = f"alpha{alpha:g}" + (f"-temperature{temperature:g}" if alpha else "")
@@ -89,8 +89,8 @@ class Sweep:
             (directory / f"{name}.json").write_text(json.dumps(value))
 
 
-def _identity(alpha: float, temperature: float, seed: int, train: dict[str, float]) -> dict[str, Any]:
-    values = {"alpha": alpha, "learning_rate": 3e-3, "gradient_clip": CLIP, **train}
+def _identity(alpha: float, temperature: float, seed: int, train: dict[str, float | str]) -> dict[str, Any]:
+    values: dict[str, float | str] = {"alpha": alpha, "learning_rate": 3e-3, "gradient_clip": CLIP, **train}
     if alpha:
         values["temperature"] = temperature
     return {

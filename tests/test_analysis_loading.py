@@ -70,6 +70,15 @@ def test_further_settings_that_vary_become_columns() -> None:
     assert set(runs.runs["train.weight_decay"]) == {"0.1", "0.0", "None"}
 
 
+def test_what_an_identity_leaves_out_is_as_usual() -> None:
+    sweep = Sweep()
+    sweep.add(0.5, 1, 4.0)
+    sweep.add(0.5, 1, 4.1, precision="bfloat16")
+    runs = load_runs(sweep.root)
+    assert runs.varied == ["train.precision"]
+    assert sorted(runs.runs["train.precision"]) == ["bfloat16", "float32"]
+
+
 def test_runs_of_several_folders_are_met_once() -> None:
     directory = Sweep().add(0.5, 2, 4.5)
     assert len(load_runs("outputs", "outputs/made", directory).runs) == 1

@@ -53,8 +53,9 @@ def table(runs: pd.DataFrame) -> str:
         difference = (
             (losses[precision] / losses["float32"] - 1) if "float32" in losses else losses[precision] * float("nan")
         )
+        spread = f" +- {own['val_loss'].std():.4f}" if len(own) > 1 else ""
         lines.append(
-            f"| {precision} | {len(own)} | {own['val_loss'].mean():.4f} +- {own['val_loss'].std():.4f} "
+            f"| {precision} | {len(own)} | {own['val_loss'].mean():.4f}{spread} "
             f"| {difference.mean():+.3%} (at most {difference.abs().max():.3%}) "
             f"| {own['tokens_per_second'].median():,.0f} | {own['peak_bytes'].max() / GIB:.2f} |"
         )

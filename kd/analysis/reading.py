@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from kd.analysis.blocks import Blocks, read_blocks
+from kd.config import TrainerConfig
+from kd.config.train import LATER
 from kd.errors import IntegrityError
 from kd.files import digest_of, read_json
 from kd.runs import RunState, is_held
@@ -115,7 +117,9 @@ def _read_settings(run: RunFiles) -> None:
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
     """Flatten an identity to dotted keys; training values that have a column of their own lose their prefix."""
-    flat: dict[str, Any] = {}
+    usual = TrainerConfig()
+    # An identity leaves out what came later and is as it was before.
+    flat: dict[str, Any] = {f"train.{name}": getattr(usual, name) for name in LATER if "train" in identity}
     for key, value in identity.items():
         inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
         flat |= inner

@@ -138,5 +138,5 @@ def test_a_position_among_units_gives_the_remaining_batches() -> None:
         whole = list(BatchOrder(22, batch_size, 7, unit=2))
         for first in range(len(whole) + 1):
             order = BatchOrder(22, batch_size, 7, unit=2)
-            order.first_batch = first
+            order.batches = range(first, len(order))
             assert list(order) == whole[first:]
