@@ -4,12 +4,14 @@ In the collectives of the group nobody waits for more than a minute: whoever is 
 work alone for long, making a cache or saving a checkpoint, the others wait without a limit, but notice its end.
 """
 
+import gc
 import itertools
 import json
 import logging
 import os
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -126,9 +128,22 @@ def process_group(
         try:
             yield device
             dist.barrier()  # whoever holds the store leaves after all who may still look at it
+        except BaseException as error:
+            _release(error)
+            raise
         finally:
             _patient.reset(token)
             dist.destroy_process_group()
+
+
+def _release(error: BaseException) -> None:
+    """Let go of the trainers that an error's frames still hold, and with them of the group.
+
+    Only then do gloo's threads end. One that frees a tensor while Python ends aborts the process (with code -6 instead
+    of its own).
+    """
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
 
 
 def own_device(name: str = "auto") -> torch.device:
