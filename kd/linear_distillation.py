@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kd.huge_pages import new_empty
 from kd.labelled import labelled_rows, select_rows, spread_rows
 from kd.tiles import Chunk, Head, Tiling, Workspace
 
@@ -217,10 +218,10 @@ class _Gradients:
         self._student = student
         # float16 has no room for gradients before GradScaler's factor, which arrives in the backward pass only.
         self._product_dtype = torch.float32 if student.weight.dtype == torch.float16 else student.weight.dtype
-        # The first products overwrite; without any token there are none.
-        new = torch.empty_like if len(student.hidden) else torch.zeros_like
-        self.hidden = new(student.hidden, dtype=dtype) if needed[0] else None
-        self.weight = new(student.weight, dtype=dtype) if needed[1] else None
+        self.hidden = new_empty(student.hidden, student.hidden.shape, dtype) if needed[0] else None
+        self.weight = new_empty(student.weight, student.weight.shape, dtype) if needed[1] else None
+        if len(student.hidden) == 0 and self.weight is not None:  # the first products overwrite, but there are none
+            self.weight.zero_()
         self.bias = student.weight.new_zeros(student.weight.size(0), dtype=dtype) if needed[2] else None
 
     def add(self, tokens: slice, entries: slice, gradient: Tensor) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd.huge_pages import new_empty
+
 MOST_SQUARINGS = 4
 LOWEST_LOGIT = -1e30
 """Stands for a logit of -inf (from a head bias): its probability is 0 too, and 0 times it is not NaN."""
@@ -95,8 +97,8 @@ class Workspace:
         self.dtype = torch.promote_types(student.hidden.dtype, torch.float32)
         tile = min(self._num_tokens, num_tokens) * self._num_entries
         held = min(self._num_tokens, num_tokens) * self._size if keep_logits else tile
-        self._student = student.hidden.new_empty(held, dtype=self.dtype)
-        self._teacher = student.hidden.new_empty(held if has_teacher else 0, dtype=self.dtype)
+        self._student = new_empty(student.hidden, (held,), self.dtype)
+        self._teacher = new_empty(student.hidden, (held if has_teacher else 0,), self.dtype)
         self._scratch = student.hidden.new_empty((2, tile), dtype=self.dtype)
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
@@ -246,7 +248,8 @@ class Chunk:
         logits = self._workspace.teacher(entries, len(self.labels))
         _, gap = self._workspace.scratch(logits)
         teacher.project(self.tokens, entries, logits)
-        self._teacher_label_logit = self._at_labels(logits, entries, self._teacher_label_logit)
+        if not self._workspace.keep_logits:  # evaluations alone ask for it
+            self._teacher_label_logit = self._at_labels(logits, entries, self._teacher_label_logit)
         torch.sub(logits, student_logits, out=gap)
         peak, top = self._peak(logits, entries)
         self.teacher_soft.add(logits, peak, top, logits)
@@ -280,7 +283,7 @@ class Chunk:
         return self.hard.value() - self._label_logit
 
     def teacher_nll(self) -> Tensor:
-        """Return the teacher's -log p(label) at the chunk's temperature, (C,)."""
+        """Return the teacher's -log p(label) at the chunk's temperature, (C,); only if logits are not kept."""
         return self.teacher_soft.value() - self._teacher_label_logit / self.temperature
 
     def agreement(self) -> Tensor:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_FILE = Path("/proc/self/status")
@@ -117,9 +118,9 @@ def _compare_side_by_side(commands: dict[str, list[str]], rounds: int) -> list[M
         for child, result in zip(children, results, strict=True):
             result.skipped = str(_answer(child, result.name).get("skipped", ""))
         running = [pair for pair in zip(children, results, strict=True) if not pair[1].skipped]
-        for round_index in range(rounds + 1):
-            for child, result in running:
-                _measure_once(child, result, is_warm_up=round_index == 0)
+        turns = [(is_warm_up, pair) for is_warm_up in (True, *[False] * rounds) for pair in running]
+        for is_warm_up, (child, result) in tqdm(turns, unit="repetition", leave=False):
+            _measure_once(child, result, is_warm_up)
     finally:
         for child in children:
             child.terminate()
