@@ -1,0 +1,149 @@
+"""Sweeps whose runs are several processes each, which submitit starts on this machine."""
+
+import os
+import signal
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd.sweep_jobs import CHILD
+from tests.commands import TINY, Outcome, run, start, strict_json
+
+from . import launch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("submitit") is None, reason="the extra slurm is not installed"),
+]
+IN_PAIRS = ("hydra/launcher=submitit", "hydra.launcher.tasks_per_node=2")
+GRID = "train.alpha=0,0.5"
+LONG = (*TINY, "train.num_epochs=100", "train.max_steps=60", "train.save_interval=20", "train.eval_interval=1000")
+LIMIT = 60
+"""Seconds within which a group must end that has lost a process."""
+CURVES = ("train_step", "train_loss", "kl_loss", "grad_norm", "val_loss", "tokens")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def environment(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KD_CACHE", cache)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+def runs(experiment: str) -> list[Path]:
+    return sorted(path for path in (Path("outputs") / experiment).iterdir() if path.name != "reports")
+
+
+def curves(folder: Path) -> dict[str, Any]:
+    history = strict_json(folder / "history.json")
+    return {key: history[key] for key in CURVES if history[key] is not None}
+
+
+def assert_close(experiment: str, expected: str, tolerance: float = 1e-5) -> None:
+    """Two experiments hold the same runs, to rounding."""
+    assert [path.name for path in runs(experiment)] == [path.name for path in runs(expected)]
+    for ours, theirs in zip(runs(experiment), runs(expected), strict=True):
+        found, wanted = curves(ours), curves(theirs)
+        assert found.keys() == wanted.keys()
+        for key, column in wanted.items():
+            assert found[key] == pytest.approx(column, rel=tolerance), key
+
+
+def children() -> dict[int, int]:
+    """The processes of runs that work in this folder, by rank."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            if not folder.name.isdigit() or CHILD.encode() not in (folder / "cmdline").read_bytes().split(b"\0"):
+                continue
+            if (folder / "cwd").resolve() == Path.cwd() and launch.is_alive(int(folder.name)):
+                (rank,) = (x for x in (folder / "environ").read_bytes().split(b"\0") if x.startswith(b"RANK="))
+                found[int(rank[5:])] = int(folder.name)
+        except OSError:  # it has just ended, or is somebody else's
+            continue
+    return found
+
+
+def leftovers() -> list[str]:
+    """The command lines of all processes that work in this folder, but for this one."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and int(folder.name) != os.getpid() and (folder / "cwd").resolve() == Path.cwd():
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return [command for command in found if command]
+
+
+def start_until(checkpoint: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a sweep; return it when a run has left a checkpoint."""
+    process = start("-m", *arguments)
+    until = time.monotonic() + 100
+    while not list(Path("outputs").glob(f"{checkpoint}/manifest.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> Outcome:
+    begin = time.monotonic()
+    outcome = launch.finish(process, LIMIT)
+    assert time.monotonic() - begin < LIMIT
+    return outcome
+
+
+def test_a_point_in_two_processes_is_the_run_of_one_with_twice_the_accumulation() -> None:
+    outcome = run("-m", *TINY, *IN_PAIRS, GRID, "name=pairs")
+    assert outcome.code == 0, outcome.errors
+    assert "Each is 2 processes: nodes=1, tasks_per_node=2" in outcome.output
+    assert "2 runs: 2 done" in outcome.output
+    for path in runs("pairs"):
+        assert strict_json(path / "environment.json")["num_processes"] == 2
+    alone = run("-m", *TINY, GRID, "train.gradient_accumulation_steps=2", "name=alone")
+    assert alone.code == 0, alone.errors
+    assert_close("pairs", "alone")
+    again = run("-m", *TINY, *IN_PAIRS, GRID, "name=pairs", "train.strategy=fsdp")
+    assert again.code == 0, again.errors
+    assert "2 done, 0 to do" in again.output
+    assert not leftovers()
+
+
+def test_a_fault_a_stop_and_the_end() -> None:
+    sweep = (*LONG, *IN_PAIRS, GRID, "name=broken")
+    process = start_until("broken/alpha0-*/checkpoints/checkpoint-20", *sweep)
+    os.kill(children()[1], signal.SIGKILL)
+    begin = time.monotonic()
+    while not (failures := list(Path("outputs").glob("broken/alpha0-*/failure.json"))):
+        assert time.monotonic() - begin < LIMIT
+        time.sleep(0.05)
+    assert "process 1 of 2: it was killed by SIGKILL" in strict_json(failures[0])["error"]
+    outcome = launch.finish(process)
+    assert outcome.code == 1, outcome.errors
+    assert "2 runs: 1 failed, 1 done" in outcome.output
+    assert "process 1 of 2: it was killed by SIGKILL" in outcome.output
+    assert not leftovers()
+
+    process = start_until("broken/alpha0-*/checkpoints/checkpoint-40", *sweep)
+    os.kill(process.pid, signal.SIGTERM)
+    outcome = finish(process)
+    assert outcome.code == 143, outcome.errors
+    assert "2 runs: 1 interrupted, 1 done" in outcome.output
+    assert not list(Path("outputs").glob("broken/*/failure.json"))
+    assert not leftovers()
+
+    outcome = run("-m", *sweep)
+    assert outcome.code == 0, outcome.errors
+    assert "Sweep of 2 runs: 1 done, 1 to do" in outcome.output
+    unbroken = run("-m", *LONG, GRID, "train.gradient_accumulation_steps=2", "name=unbroken")
+    assert unbroken.code == 0, unbroken.errors
+    assert_close("broken", "unbroken", 1e-4)
