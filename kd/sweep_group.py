@@ -209,20 +209,17 @@ class Meeting:
 
     def _hear(self) -> Call | None:
         """Return the first task's last call, or None if it has ended."""
-        try:
+        with suppress(OSError, IntegrityError):  # it has not come yet; or a shared disk is late
             beat = self._path.stat().st_mtime_ns
             values = read_json(self._path)
-        except (OSError, IntegrityError):  # it has not come yet; or a shared disk is late
-            beat, values = self._beat, asdict(self._call)
-        now = time.monotonic()
-        if beat != self._beat:
-            self._beat, self._heard = beat, now
-        if values is None:
-            return None
-        if now - self._heard > GONE_SECONDS:
+            if values is None:
+                return None
+            self._call = Call(**values)
+            if beat != self._beat:
+                self._beat, self._heard = beat, time.monotonic()
+        if time.monotonic() - self._heard > GONE_SECONDS:
             log.warning("The first task of this job has not shown life for %.0f s", GONE_SECONDS)
             return None
-        self._call = Call(**values)
         return self._call
 
     # --- all -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kd.sweep_jobs import CHILD
-from tests.commands import TINY, Outcome, run, start, strict_json
+from tests.commands import TINY, Outcome, begin_children_with, run, start, strict_json
 
 from . import launch
 
@@ -22,6 +22,47 @@ pytestmark = [
 IN_PAIRS = ("hydra/launcher=submitit", "hydra.launcher.tasks_per_node=2")
 GRID = "train.alpha=0,0.5"
 LONG = (*TINY, "train.num_epochs=100", "train.max_steps=60", "train.save_interval=20", "train.eval_interval=1000")
+SLURM = {
+    "sbatch": r"""#!/bin/sh
+of() { sed -n "s/^#SBATCH --$1=//p" "$script"; }
+script=$1
+export SLURM_JOB_NUM_NODES=$(of nodes) TASKS=$(of ntasks-per-node) SLURM_ARRAY_JOB_ID=7
+for number in $(seq 0 $(of array | sed 's/^0-\([0-9]*\)%.*/\1/')); do
+    SLURM_JOB_ID=7$number SLURM_ARRAY_TASK_ID=$number sh "$script" >/dev/null 2>&1 </dev/null &
+done
+echo Submitted batch job 7
+""",
+    "srun": """#!/bin/sh
+while true; do
+    case $1 in
+    --output | --error) shift 2 ;;
+    --*) shift ;;
+    *) break ;;
+    esac
+done
+export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * TASKS))
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$((rank % TASKS)) SLURM_NODEID=$((rank / TASKS)) "$@" &
+done
+wait
+""",
+    "sacct": """#!/bin/sh
+printf 'JobID|State|NodeList\\n7_0|RUNNING|here\\n7_1|RUNNING|here\\n'
+""",
+}
+"""Stand for SLURM's programs: all jobs of an array at once, all tasks of a job, on this machine."""
+FAULT = """
+import os
+import kd.job
+do_run = kd.job.do_run
+
+def faulty(config, files):
+    if config.seed == 1 and os.environ["RANK"] == "1":
+        raise ValueError("a planned fault")
+    return do_run(config, files)
+
+kd.job.do_run = faulty
+"""
 LIMIT = 60
 """Seconds within which a group must end that has lost a process."""
 CURVES = ("train_step", "train_loss", "kl_loss", "grad_norm", "val_loss", "tokens")
@@ -47,14 +88,13 @@ def curves(folder: Path) -> dict[str, Any]:
     return {key: history[key] for key in CURVES if history[key] is not None}
 
 
-def assert_close(experiment: str, expected: str, tolerance: float = 1e-5) -> None:
-    """Two experiments hold the same runs, to rounding."""
-    assert [path.name for path in runs(experiment)] == [path.name for path in runs(expected)]
-    for ours, theirs in zip(runs(experiment), runs(expected), strict=True):
-        found, wanted = curves(ours), curves(theirs)
-        assert found.keys() == wanted.keys()
-        for key, column in wanted.items():
-            assert found[key] == pytest.approx(column, rel=tolerance), key
+def assert_same_curves(run: Path, expected: Path, tolerance: float) -> None:
+    """Two directories hold the same run, to rounding."""
+    assert run.name == expected.name
+    found, wanted = curves(run), curves(expected)
+    assert found.keys() == wanted.keys()
+    for key, column in wanted.items():
+        assert found[key] == pytest.approx(column, rel=tolerance), key
 
 
 def children() -> dict[int, int]:
@@ -109,12 +149,30 @@ def test_a_point_in_two_processes_is_the_run_of_one_with_twice_the_accumulation(
     assert "2 runs: 2 done" in outcome.output
     for path in runs("pairs"):
         assert strict_json(path / "environment.json")["num_processes"] == 2
-    alone = run("-m", *TINY, GRID, "train.gradient_accumulation_steps=2", "name=alone")
+    alone = run(*TINY, "train.alpha=0.5", "train.gradient_accumulation_steps=2", "name=alone")
     assert alone.code == 0, alone.errors
-    assert_close("pairs", "alone")
+    assert_same_curves(runs("pairs")[1], runs("alone")[0], 1e-5)
     again = run("-m", *TINY, *IN_PAIRS, GRID, "name=pairs", "train.strategy=fsdp")
     assert again.code == 0, again.errors
     assert "2 done, 0 to do" in again.output
+    assert not leftovers()
+
+
+def test_a_cluster_of_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rehearsed on one, by programs that stand for SLURM's; one point fails before its processes have met."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in SLURM.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    begin_children_with(FAULT, tmp_path / "site", monkeypatch)
+    size = ("nodes=2", "tasks_per_node=1", "gpus_per_node=null")
+    launcher = ("hydra/launcher=slurm", *(f"hydra.launcher.{value}" for value in size))
+    outcome = run("-m", *TINY, *launcher, "seed=0,1", "train.strategy=fsdp")
+    assert outcome.code == 1, outcome.errors
+    assert "2 runs: 1 done, 1 failed" in outcome.output
+    assert "process 1 of 2: ValueError: a planned fault" in outcome.output
     assert not leftovers()
 
 
@@ -144,6 +202,6 @@ def test_a_fault_a_stop_and_the_end() -> None:
     outcome = run("-m", *sweep)
     assert outcome.code == 0, outcome.errors
     assert "Sweep of 2 runs: 1 done, 1 to do" in outcome.output
-    unbroken = run("-m", *LONG, GRID, "train.gradient_accumulation_steps=2", "name=unbroken")
+    unbroken = run(*LONG, "train.alpha=0", "train.gradient_accumulation_steps=2", "name=unbroken")
     assert unbroken.code == 0, unbroken.errors
-    assert_close("broken", "unbroken", 1e-4)
+    assert_same_curves(runs("broken")[0], runs("unbroken")[0], 1e-4)
