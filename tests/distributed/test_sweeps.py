@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kd.sweep_jobs import CHILD
-from tests.commands import TINY, Outcome, begin_children_with, run, start, strict_json
+from tests.commands import TINY, begin_children_with, run, start, strict_json
 
 from . import launch
 
@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.skipif(find_spec("submitit") is None, reason="the extra slurm is not installed"),
 ]
 IN_PAIRS = ("hydra/launcher=submitit", "hydra.launcher.tasks_per_node=2")
-GRID = "train.alpha=0,0.5"
-LONG = (*TINY, "train.num_epochs=100", "train.max_steps=60", "train.save_interval=20", "train.eval_interval=1000")
+POINT, GRID = "train.alpha=0.5", "train.alpha=0,0.5"
+LONG = (*TINY, "train.num_epochs=100", "train.max_steps=120", "train.save_interval=20", "train.eval_interval=1000")
 SLURM = {
     "sbatch": r"""#!/bin/sh
 of() { sed -n "s/^#SBATCH --$1=//p" "$script"; }
@@ -124,37 +124,29 @@ def leftovers() -> list[str]:
     return [command for command in found if command]
 
 
-def start_until(checkpoint: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a sweep; return it when a run has left a checkpoint."""
-    process = start("-m", *arguments)
-    until = time.monotonic() + 100
-    while not list(Path("outputs").glob(f"{checkpoint}/manifest.json")):
+def wait_for(pattern: str, process: subprocess.Popen[str], seconds: float = 100) -> Path:
+    """Return the file of the experiment that comes while a sweep works."""
+    until = time.monotonic() + seconds
+    while not (found := list(Path("outputs").glob(pattern))):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.02)
-    return process
-
-
-def finish(process: subprocess.Popen[str]) -> Outcome:
-    begin = time.monotonic()
-    outcome = launch.finish(process, LIMIT)
-    assert time.monotonic() - begin < LIMIT
-    return outcome
+    return found[0]
 
 
 def test_a_point_in_two_processes_is_the_run_of_one_with_twice_the_accumulation() -> None:
-    outcome = run("-m", *TINY, *IN_PAIRS, GRID, "name=pairs")
+    outcome = run("-m", *TINY, *IN_PAIRS, POINT, "name=pairs")
     assert outcome.code == 0, outcome.errors
     assert "Each is 2 processes: nodes=1, tasks_per_node=2" in outcome.output
-    assert "2 runs: 2 done" in outcome.output
-    for path in runs("pairs"):
-        assert strict_json(path / "environment.json")["num_processes"] == 2
-    alone = run(*TINY, "train.alpha=0.5", "train.gradient_accumulation_steps=2", "name=alone")
+    assert "1 runs: 1 done" in outcome.output
+    (pair,) = runs("pairs")
+    assert strict_json(pair / "environment.json")["num_processes"] == 2
+    alone = run(*TINY, POINT, "train.gradient_accumulation_steps=2", "name=alone")
     assert alone.code == 0, alone.errors
-    assert_same_curves(runs("pairs")[1], runs("alone")[0], 1e-5)
-    again = run("-m", *TINY, *IN_PAIRS, GRID, "name=pairs", "train.strategy=fsdp")
+    assert_same_curves(pair, runs("alone")[0], 1e-5)
+    again = run("-m", *TINY, *IN_PAIRS, POINT, "name=pairs", "train.strategy=fsdp")
     assert again.code == 0, again.errors
-    assert "2 done, 0 to do" in again.output
+    assert "1 done, 0 to do" in again.output
     assert not leftovers()
 
 
@@ -176,32 +168,27 @@ def test_a_cluster_of_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not leftovers()
 
 
-def test_a_fault_a_stop_and_the_end() -> None:
-    sweep = (*LONG, *IN_PAIRS, GRID, "name=broken")
-    process = start_until("broken/alpha0-*/checkpoints/checkpoint-20", *sweep)
+def test_a_killed_process_a_stop_and_the_end() -> None:
+    sweep = ("-m", *LONG, *IN_PAIRS, "hydra.launcher.cpus_per_task=999", GRID, "name=broken")  # one at a time
+    process = start(*sweep)
+    killed = wait_for("broken/*/checkpoints/checkpoint-20/manifest.json", process).parents[2]
     os.kill(children()[1], signal.SIGKILL)
-    begin = time.monotonic()
-    while not (failures := list(Path("outputs").glob("broken/alpha0-*/failure.json"))):
-        assert time.monotonic() - begin < LIMIT
-        time.sleep(0.05)
-    assert "process 1 of 2: it was killed by SIGKILL" in strict_json(failures[0])["error"]
-    outcome = launch.finish(process)
-    assert outcome.code == 1, outcome.errors
-    assert "2 runs: 1 failed, 1 done" in outcome.output
-    assert "process 1 of 2: it was killed by SIGKILL" in outcome.output
-    assert not leftovers()
-
-    process = start_until("broken/alpha0-*/checkpoints/checkpoint-40", *sweep)
+    failure = wait_for("broken/*/failure.json", process, LIMIT)
+    assert failure.parent == killed
+    assert "process 1 of 2: it was killed by SIGKILL" in strict_json(failure)["error"]
+    others = "alpha0.5-*" if killed.name.startswith("alpha0-") else "alpha0-*"
+    other = wait_for(f"broken/{others}/checkpoints/checkpoint-20/manifest.json", process).parents[2]
     os.kill(process.pid, signal.SIGTERM)
-    outcome = finish(process)
+    outcome = launch.finish(process, LIMIT)
     assert outcome.code == 143, outcome.errors
-    assert "2 runs: 1 interrupted, 1 done" in outcome.output
-    assert not list(Path("outputs").glob("broken/*/failure.json"))
+    assert "1 failed, 1 interrupted" in outcome.output or "1 interrupted, 1 failed" in outcome.output
+    assert f"log: {strict_json(failure)['log']}" in outcome.output
+    assert not (other / "failure.json").exists()
     assert not leftovers()
 
-    outcome = run("-m", *sweep)
+    outcome = run(*sweep)
     assert outcome.code == 0, outcome.errors
-    assert "Sweep of 2 runs: 1 done, 1 to do" in outcome.output
+    assert "2 runs: 2 done" in outcome.output
     unbroken = run(*LONG, "train.alpha=0", "train.gradient_accumulation_steps=2", "name=unbroken")
     assert unbroken.code == 0, unbroken.errors
     assert_same_curves(runs("broken")[0], runs("unbroken")[0], 1e-4)
