@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from kd.errors import ConfigError, ResourceError
-from kd.torchrun import Place, find_place, one_voice
+from kd.torchrun import OTHER_GONE, Place, find_place, one_voice
 
 log = logging.getLogger("kd")
 
@@ -186,8 +186,8 @@ def _losses_named() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in SIGNS_OF_LOSS):
             raise
         raise ResourceError(
-            f"Another process of this run has ended or does not answer ({text.splitlines()[0][:200]}). What it printed "
-            "says why. The same command goes on from the last checkpoint."
+            f"{OTHER_GONE} ({text.splitlines()[0][:200]}). What it printed says why. The same command goes on from the "
+            "last checkpoint."
         ) from error
 
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from kd.cache import RESOURCE_ERRNOS
-from kd.config import Config, CorpusConfig, TrainerConfig
-from kd.errors import ConfigError, ResourceError
+from kd.config import Config, CorpusConfig
+from kd.errors import ResourceError
 from kd.outcome import sentences
-from kd.plan import make_plan
+from kd.plan import check_strategy, make_plan
 from kd.runs import Run
 from kd.stop import StopSignal, signals_to
 from kd.torchrun import find_place, is_first, num_processes, one_voice
@@ -32,7 +32,7 @@ def do_run(config: Config, files: dict[str, str]) -> float:
     """
     stop = StopSignal()
     with signals_to(stop.request), _resources_named(config), one_voice():
-        _check_strategy(config.train)
+        check_strategy(config.train, alone=find_place() is None)
         plan = make_plan(config)
         run = Run(plan.identity)
         result = None if config.overwrite else _result_of_all(run)
@@ -46,14 +46,6 @@ def do_run(config: Config, files: dict[str, str]) -> float:
             log.info("Already done, nothing to do (overwrite=true does it again)")
         _announce(run, result)
     return float(result["val_loss"])
-
-
-def _check_strategy(config: TrainerConfig) -> None:
-    if config.strategy == "fsdp" and find_place() is None:
-        raise ConfigError(
-            "train.strategy=fsdp shares weights among processes, and this is one alone: start several with torchrun "
-            "--nproc-per-node=N -m kd.train, or leave train.strategy out."
-        )
 
 
 def _result_of_all(run: Run) -> dict[str, Any] | None:

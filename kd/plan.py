@@ -16,6 +16,7 @@ from kd.config import (
     HubTeacherConfig,
     LocalTeacherConfig,
     SFTConfig,
+    TrainerConfig,
     TrainingConfig,
 )
 from kd.data import (
@@ -78,6 +79,16 @@ def make_plan(config: Config) -> Plan:
     )
     identity = run_identity(config, fingerprints, num_processes())
     return Plan(config, data, tokenizer, teacher, fingerprints, start, identity)
+
+
+def check_strategy(config: TrainerConfig, *, alone: bool) -> None:
+    """Raise ConfigError, with the ways to start several, if a process that is alone is to share its weights."""
+    if config.strategy == "fsdp" and alone:
+        raise ConfigError(
+            "train.strategy=fsdp shares weights among processes, and this is one alone: start several with torchrun "
+            "--nproc-per-node=N -m kd.train (in a sweep: hydra.launcher.tasks_per_node=N, with hydra/launcher=submitit "
+            "or slurm), or leave train.strategy out."
+        )
 
 
 def _check_extras(config: Config) -> None:

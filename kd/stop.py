@@ -8,6 +8,8 @@ from types import FrameType
 from kd.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_CODES = (*(128 + number for number in SIGNALS), *(-number for number in SIGNALS))
+"""How a process ends that one of these signals ended; as `subprocess` tells it."""
 
 
 @contextmanager
@@ -26,6 +28,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._requested = False
         self._listeners = 0
 
     def request(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002 - a handler's signature
@@ -34,7 +37,8 @@ class StopSignal:
         Raises:
             Interrupted: at once, if no training loop listens or this is the second request.
         """
-        again = self.signum is not None
+        # Not whether signum is set: of several processes, the first to be asked tells the others.
+        again, self._requested = self._requested, True
         self.signum = signum
         if again or not self._listeners:
             raise Interrupted("Stopped. The same command goes on from what is saved.", signum)

@@ -4,7 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,10 +14,11 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from kd.composition import CONFIG_NAME, conf_dir
-from kd.errors import IntegrityError, Interrupted, KDError
+from kd.errors import ConfigError, IntegrityError, Interrupted, KDError
 from kd.outcome import headline
 from kd.runs import RunState, holder_of, read_failure, read_result, run_state
 from kd.stop import signals_to
+from kd.sweep_group import GroupSize
 from kd.sweep_jobs import Job, StopFile, SweepTask, last_lines
 from kd.sweep_points import Point, find_points
 from kd.sweep_share import Share, num_cores, share_out
@@ -52,17 +53,18 @@ def run_sweep(arguments: list[str], context: HydraContext, master: DictConfig) -
         The final validation loss (nats per token) of each run, in the points' order.
 
     Raises:
-        KDError: if points are not allowed (nothing was started then), or some runs failed.
+        KDError: if points or the launcher's settings are not allowed (nothing was started then), or some runs failed.
         Interrupted: if a signal stopped the sweep.
     """
     configure_log(master.hydra.job_logging, master.hydra.verbose)
-    points = find_points(arguments, context.config_loader, master)
+    group = group_for(master.hydra.launcher)
+    points = find_points(arguments, context.config_loader, master, group.num_processes)
     runs: dict[Path, Point] = {}
     for point in points:
         runs.setdefault(point.directory, point)
     todo = [run for run in runs.values() if run.config.overwrite or run_state(run.directory) is not RunState.DONE]
-    _announce(len(points), len(runs), len(todo))
-    ended = _launch(todo, context, master) if todo else Ended({}, set(), None)
+    _announce(len(points), len(runs), len(todo), group)
+    ended = _launch(todo, context, master, group) if todo else Ended({}, set(), None)
     states = {directory: ended.state(directory) for directory in runs}
     print(summary(states, ended.logs), flush=True)
     if ended.signum is None:
@@ -72,9 +74,11 @@ def run_sweep(arguments: list[str], context: HydraContext, master: DictConfig) -
     return [float(_result_of(directory)["val_loss"]) for directory in runs]
 
 
-def _announce(num_points: int, num_runs: int, num_todo: int) -> None:
+def _announce(num_points: int, num_runs: int, num_todo: int, group: GroupSize) -> None:
     shared = f" ({num_points} points, some of which are the same run)" if num_points > num_runs else ""
     log.info("Sweep of %d runs%s: %d done, %d to do", num_runs, shared, num_runs - num_todo, num_todo)
+    if group.num_processes > 1:
+        log.info("Each is %d processes: nodes=%d, tasks_per_node=%d", group.num_processes, *astuple(group))
 
 
 # --- launching ---------------------------------------------------------------------------------------------------
@@ -97,9 +101,9 @@ class Ended:
         return RunState.FAILED if state is RunState.DONE and directory in self.failed else state
 
 
-def _launch(points: Sequence[Point], context: HydraContext, master: DictConfig) -> Ended:
+def _launch(points: Sequence[Point], context: HydraContext, master: DictConfig, group: GroupSize) -> Ended:
     """Do runs by the configured launcher."""
-    task = _make_task(points, master)
+    task = _make_task(points, master, group)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=HydraTask(task), config=master
     )
@@ -118,7 +122,7 @@ def _launch(points: Sequence[Point], context: HydraContext, master: DictConfig) 
     return Ended({job.directory: task.log_of(job) for job in task.jobs}, failed, signum)
 
 
-def _make_task(points: Sequence[Point], master: DictConfig) -> SweepTask:
+def _make_task(points: Sequence[Point], master: DictConfig, group: GroupSize) -> SweepTask:
     scratch = _make_scratch(Path(master.hydra.sweep.dir))
     jobs = tuple(
         Job(
@@ -132,7 +136,7 @@ def _make_task(points: Sequence[Point], master: DictConfig) -> SweepTask:
     )
     pid = os.getpid()
     share = share_for(master.hydra.launcher, len(jobs))
-    return SweepTask(jobs, share, scratch, StopFile(scratch / "stop"), pid)
+    return SweepTask(jobs, share, scratch, StopFile(scratch / "stop"), pid, group)
 
 
 def _make_scratch(wanted: Path) -> Path:
@@ -158,9 +162,50 @@ def _settings_of_children(master: DictConfig) -> list[str]:
     return arguments + own
 
 
+def group_for(launcher: DictConfig) -> GroupSize:
+    """Return how many processes each job is under a launcher's settings.
+
+    Raises:
+        ConfigError: if each process would not have one GPU, or the launcher cannot start so many.
+    """
+    name = _name_of(launcher)
+    if name not in ("LocalLauncher", "SlurmLauncher"):
+        return GroupSize()
+    group = GroupSize(launcher.nodes, launcher.tasks_per_node)
+    for key, count in asdict(group).items():
+        if count < 1:
+            raise ConfigError(f"hydra.launcher.{key}={count} is not allowed: it must be at least 1.")
+    if name == "LocalLauncher" and group.nodes > 1:
+        raise ConfigError(
+            f"hydra.launcher.nodes={group.nodes}, but hydra/launcher=submitit starts processes on this machine alone: "
+            "leave nodes at 1, or choose hydra/launcher=slurm."
+        )
+    _check_gpus(launcher, group)
+    return group
+
+
+def _check_gpus(launcher: DictConfig, group: GroupSize) -> None:
+    gpus, tasks = launcher.gpus_per_node, group.tasks_per_node
+    if gpus and gpus != tasks:
+        raise ConfigError(
+            f"hydra.launcher.gpus_per_node={gpus} with hydra.launcher.tasks_per_node={tasks}: a process uses one GPU, "
+            f"so set both to {max(gpus, tasks)}{' (without GPUs: gpus_per_node=null)' if tasks > 1 else ' or to 1'}."
+        )
+    if tasks > 1 and _name_of(launcher) == "SlurmLauncher" and launcher.gpus_per_task:
+        raise ConfigError(
+            f"hydra.launcher.gpus_per_task={launcher.gpus_per_task} with hydra.launcher.tasks_per_node={tasks}: each "
+            "process takes the GPU of its number among those of its machine, so it must see all of them. Set "
+            f"gpus_per_task=null and gpus_per_node={tasks}."
+        )
+
+
+def _name_of(launcher: DictConfig) -> str:
+    return str(launcher._target_.rpartition(".")[2])
+
+
 def share_for(launcher: DictConfig, num_jobs: int) -> Share:
     """Return what each job may use under a launcher's settings."""
-    name = launcher._target_.rpartition(".")[2]
+    name = _name_of(launcher)
     if name == "BasicLauncher":
         return share_out(1)
     if name == "JoblibLauncher":
@@ -168,7 +213,9 @@ def share_for(launcher: DictConfig, num_jobs: int) -> Share:
         # As joblib counts: -1 is all cores, -2 all but one.
         return share_out(min(wanted if wanted > 0 else max(1, num_cores() + 1 + wanted), num_jobs))
     if name == "LocalLauncher":  # submitit starts all at once, so the places are the only limit
-        return share_out(min(max(1, num_cores() // (launcher.cpus_per_task or 1)), num_jobs))
+        tasks = launcher.tasks_per_node
+        cores = (launcher.cpus_per_task or 1) * tasks
+        return share_out(min(max(1, num_cores() // cores), num_jobs), tasks)
     if name == "SlurmLauncher":
         return Share(None, launcher.cpus_per_task, ())
     return Share(None, None, ())

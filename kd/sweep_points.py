@@ -18,7 +18,7 @@ from omegaconf import DictConfig, open_dict
 from kd.composition import explain, to_config
 from kd.config import Config, TrainingConfig
 from kd.errors import ConfigError, KDError
-from kd.plan import Plan, make_plan
+from kd.plan import Plan, check_strategy, make_plan
 from kd.runs import run_identity
 
 T = TypeVar("T")
@@ -40,13 +40,14 @@ class Point:
     """Of the run that it asks for. Points may share one: at alpha 0 the temperature does not enter."""
 
 
-def find_points(arguments: list[str], loader: ConfigLoader, master: DictConfig) -> list[Point]:
+def find_points(arguments: list[str], loader: ConfigLoader, master: DictConfig, num_processes: int = 1) -> list[Point]:
     """Return all points of a sweep, checked; nothing is made.
 
     Args:
         arguments: Overrides, some of them with several values.
         loader: Of the configuration.
         master: What the command line composes to without them.
+        num_processes: That will work on each point's run.
 
     Raises:
         KDError: naming every point that is not allowed or cannot be done, of the kind that their faults have;
@@ -57,7 +58,7 @@ def find_points(arguments: list[str], loader: ConfigLoader, master: DictConfig) 
     labels = [" ".join(text for text in overrides if text in varying) for overrides in combinations]
     composer = _Composer(loader, master, combinations)
     configs = _for_each(combinations, labels, lambda overrides: to_config(composer.compose(overrides)))
-    planner = _Planner()
+    planner = _Planner(num_processes)
     directories = _for_each(configs, labels, planner.directory)
     rows = zip(combinations, labels, configs, directories, strict=True)
     return [Point(tuple(overrides), label, config, directory) for overrides, label, config, directory in rows]
@@ -160,12 +161,14 @@ class _Composer:
 class _Planner:
     """Names runs. Corpus, tokenizer and teacher are read once for all points that share them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_processes: int) -> None:
+        self._num_processes = num_processes
         self._plans: dict[str, Plan] = {}
 
     def directory(self, config: Config) -> Path:
         """Return the directory of the run that a configuration asks for."""
         train = config.train
+        check_strategy(train, alone=self._num_processes == 1)
         needs_teacher = isinstance(train, TrainingConfig) and train.alpha > 0
         inputs = (
             config.name,
@@ -179,4 +182,4 @@ class _Planner:
         key = repr(inputs)
         if key not in self._plans:
             self._plans[key] = make_plan(config)
-        return run_identity(config, self._plans[key].fingerprints).directory
+        return run_identity(config, self._plans[key].fingerprints, self._num_processes).directory

@@ -23,9 +23,10 @@ class Share:
     places: int | None
     """Jobs at a time on one machine; None: a cluster sees to that."""
     threads: int | None
-    """CPU threads of a job; None: as torch chooses."""
+    """CPU threads of each process; None: as torch chooses."""
     gpus: tuple[str, ...]
-    """CUDA devices that jobs take by turns; empty: leave it to each job, or to a cluster."""
+    """CUDA devices that jobs take by turns, as many at a time as a job has processes ("0,1"); empty: leave it to each
+    job, or to a cluster."""
 
     @contextmanager
     def place(self, folder: Path, give_up: Callable[[], bool]) -> Iterator[int | None]:
@@ -61,7 +62,7 @@ class Share:
 
         Args:
             place: As `place` gave it.
-            by_turns: Whether the job takes a single GPU, whichever; else it sees all of them.
+            by_turns: Whether each of its processes takes a single GPU, whichever; else it sees all of them.
         """
         if not self.gpus:
             return {}
@@ -71,10 +72,18 @@ class Share:
         return {VISIBLE_DEVICES: self.gpus[place % len(self.gpus)]}
 
 
-def share_out(jobs: int) -> Share:
-    """Return what each of several parallel jobs on this machine may use."""
-    threads = None if jobs == 1 else max(1, num_cores() // jobs)
-    return Share(jobs, threads, visible_gpus())
+def share_out(jobs: int, processes: int = 1) -> Share:
+    """Return what each of several parallel jobs, of so many processes each, on this machine may use."""
+    together = jobs * processes
+    threads = None if together == 1 else max(1, num_cores() // together)
+    return Share(jobs, threads, _turns(visible_gpus(), processes))
+
+
+def _turns(gpus: tuple[str, ...], processes: int) -> tuple[str, ...]:
+    """Return the GPUs that a job takes at each turn: one a process, or all, which it refuses, where there are fewer."""
+    whole = max(1, len(gpus) // processes)
+    turns = (gpus[number * processes : (number + 1) * processes] for number in range(whole))
+    return tuple(",".join(turn) for turn in turns if turn)
 
 
 def num_cores() -> int:

@@ -30,7 +30,8 @@ class GridSweeper(Sweeper):
         if (place := find_place()) is not None:
             raise ConfigError(
                 f"A sweep cannot run in {place.world_size} processes of torchrun (RANK and WORLD_SIZE are set): start "
-                "the sweep without torchrun, or each of its points with it."
+                "the sweep without torchrun; with hydra/launcher=submitit or slurm and hydra.launcher.tasks_per_node="
+                f"{place.world_size} each of its points is a run of so many processes."
             )
         from kd.sweep import run_sweep  # here, so that single runs and --help do not wait for it
 

@@ -15,6 +15,8 @@ WAY_OUT = (
     f"{', '.join((*PLACE, *MEETING))}; or, for one process, unset {' '.join(PLACE)}"
 )
 LARGEST_PORT = 65535
+OTHER_GONE = "Another process of this run has ended or does not answer"
+"""How the error of a process begins that cannot go on without another one."""
 
 
 @dataclass(frozen=True)

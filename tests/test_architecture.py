@@ -13,7 +13,7 @@ PACKAGE = ROOT / "kd"
 FLOORS = (
     {"errors"},  # the others of floor 0 raise them
     {"__init__", "config", "extras", "files", "stop", "gguf_header", "sweep_share", "torchrun", "huge_pages"},
-    {"checkpoint_files"},
+    {"checkpoint_files", "sweep_group"},
     {
         "model",
         "losses",

@@ -11,12 +11,13 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import kd.sweep_share
-from kd.errors import Interrupted, KDError
+from kd.errors import ConfigError, Interrupted, KDError
 from kd.runs import RESULT, Failure, RunState, run_state, write_failure
-from kd.sweep import HydraTask, run_sweep, share_for, summary
+from kd.sweep import HydraTask, group_for, run_sweep, share_for, summary
+from kd.sweep_group import GroupSize
 from kd.sweep_share import Share
 
 from .fake_child import finish
@@ -196,9 +197,13 @@ def test_the_summary_names_states_errors_logs_and_last_lines() -> None:
         ("JoblibLauncher", {"n_jobs": -3}, 9, (6, 1)),
         ("JoblibLauncher", {"n_jobs": -20}, 9, (1, None)),
         ("JoblibLauncher", {"n_jobs": 4}, 2, (2, 4)),
-        ("LocalLauncher", {"cpus_per_task": None}, 9, (8, 1)),
-        ("LocalLauncher", {"cpus_per_task": 3}, 9, (2, 4)),
-        ("LocalLauncher", {"cpus_per_task": 99}, 9, (1, None)),
+        ("LocalLauncher", {"cpus_per_task": None, "tasks_per_node": 1}, 9, (8, 1)),
+        ("LocalLauncher", {"cpus_per_task": 3, "tasks_per_node": 1}, 9, (2, 4)),
+        ("LocalLauncher", {"cpus_per_task": 99, "tasks_per_node": 1}, 9, (1, None)),
+        ("LocalLauncher", {"cpus_per_task": None, "tasks_per_node": 2}, 9, (4, 1)),
+        ("LocalLauncher", {"cpus_per_task": 2, "tasks_per_node": 2}, 9, (2, 2)),
+        ("LocalLauncher", {"cpus_per_task": 1, "tasks_per_node": 2}, 1, (1, 4)),
+        ("LocalLauncher", {"cpus_per_task": 8, "tasks_per_node": 3}, 9, (1, 2)),
         ("SlurmLauncher", {"cpus_per_task": 6}, 9, (None, 6)),
         ("RayLauncher", {}, 9, (None, None)),
     ],
@@ -217,8 +222,59 @@ def test_each_launcher_shares_out_eight_cores(
     assert share_for(launcher, num_jobs) == Share(*share, ())
 
 
+def launcher_of(*settings: str) -> DictConfig:
+    launcher = composed(*settings, with_hydra=True).hydra.launcher
+    assert isinstance(launcher, DictConfig)
+    return launcher
+
+
+@needs_submitit
+def test_a_job_is_as_many_processes_as_its_launcher_has_tasks() -> None:
+    assert group_for(launcher_of()) == GroupSize(1, 1)
+    assert group_for(launcher_of("hydra/launcher=submitit")) == GroupSize(1, 1)
+    assert group_for(launcher_of("hydra/launcher=submitit", "hydra.launcher.tasks_per_node=2")) == GroupSize(1, 2)
+    on_cluster = ("hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=4")
+    for gpus in ("4", "null", "0"):
+        group = group_for(launcher_of(*on_cluster, f"hydra.launcher.gpus_per_node={gpus}"))
+        assert (group, group.num_processes) == (GroupSize(2, 4), 8)
+
+
+@needs_submitit
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("slurm", "gpus_per_node=4"), ["gpus_per_node=4", "tasks_per_node=1", "set both to 4"]),
+        (("slurm", "tasks_per_node=4"), ["gpus_per_node=1", "tasks_per_node=4", "gpus_per_node=null"]),
+        (("slurm", "gpus_per_node=4", "tasks_per_node=2"), ["gpus_per_node=4", "tasks_per_node=2"]),
+        (("slurm", "gpus_per_node=2", "tasks_per_node=2", "gpus_per_task=1"), ["gpus_per_task=1", "null"]),
+        (("slurm", "nodes=0"), ["hydra.launcher.nodes=0", "at least 1"]),
+        (("submitit", "nodes=2"), ["hydra.launcher.nodes=2", "hydra/launcher=slurm"]),
+        (("submitit", "gpus_per_node=2"), ["gpus_per_node=2"]),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused_with_the_way_out(settings: tuple[str, ...], words: list[str]) -> None:
+    name, *values = settings
+    with pytest.raises(ConfigError) as caught:
+        group_for(launcher_of(f"hydra/launcher={name}", *(f"hydra.launcher.{value}" for value in values)))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
 @needs_submitit
 def test_the_batch_script_limits_time_and_memory_and_requeues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = sbatch_flags(tmp_path, monkeypatch, "hydra.launcher.partition=long")
+    assert {"time=240", "mem=32GB", "cpus-per-task=8", "gpus-per-node=1", "partition=long"} <= flags
+    assert {"requeue", "signal=USR2@180", "array=0-1%2", "open-mode=append"} <= flags
+    assert {"nodes=1", "ntasks-per-node=1"} <= flags
+
+
+@needs_submitit
+def test_the_batch_script_asks_for_all_nodes_and_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = [f"hydra.launcher.{value}" for value in ("nodes=2", "tasks_per_node=4", "gpus_per_node=4")]
+    assert {"nodes=2", "ntasks-per-node=4", "gpus-per-node=4"} <= sbatch_flags(tmp_path, monkeypatch, *size)
+
+
+def sbatch_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> set[str]:
+    """What SLURM would be asked for."""
     from submitit import SlurmJob
 
     for name in ("srun", "sbatch"):
@@ -227,14 +283,12 @@ def test_the_batch_script_limits_time_and_memory_and_requeues(tmp_path: Path, mo
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(SlurmJob, "results", lambda _: [JobReturn(status=JobStatus.COMPLETED)])
-    slurm = ["hydra/launcher=slurm", "hydra.launcher.partition=long", "hydra.sweep.dir=scratch"]
+    slurm = ["hydra/launcher=slurm", "hydra.sweep.dir=scratch", *settings]
     config = composed(*slurm, with_hydra=True)
     with hydra() as (loader, _):
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(context, print, config)
         launcher.launch([["seed=0"], ["seed=1"]], initial_job_idx=0)
     lines = (tmp_path / "script.sh").read_text().splitlines()
-    flags = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
-    assert {"time=240", "mem=32GB", "cpus-per-task=8", "gpus-per-node=1", "partition=long"} <= flags
-    assert {"requeue", "signal=USR2@180", "array=0-1%2", "open-mode=append"} <= flags
     assert lines[-1].startswith("srun ") or lines[-2].startswith("srun ")
+    return {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}

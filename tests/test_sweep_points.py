@@ -28,9 +28,9 @@ def hydra() -> Iterator[tuple[ConfigLoader, DictConfig]]:
         yield loader, compose("config", return_hydra_config=True, overrides=["hydra.job.config_name=config"])
 
 
-def points_of(*arguments: str) -> list[Point]:
+def points_of(*arguments: str, num_processes: int = 1) -> list[Point]:
     with hydra() as (loader, master):
-        return find_points([*SMALL, *arguments], loader, master)
+        return find_points([*SMALL, *arguments], loader, master, num_processes)
 
 
 def composed(overrides: Sequence[str]) -> Config:
@@ -91,6 +91,30 @@ def test_a_point_is_named_like_its_single_run() -> None:
 
     for point in points_of("train.alpha=0,1", "model.max_seq_len=64,128", "data.test_ratio=0,0.1"):
         assert point.directory == make_plan(point.config).identity.directory
+
+
+def test_a_point_of_several_processes_is_named_like_the_run_that_torchrun_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kd.plan import make_plan
+
+    arguments = ("train.alpha=0,1", "train.strategy=ddp,fsdp")
+    points = points_of(*arguments, num_processes=4)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    directories = [make_plan(point.config).identity.directory for point in points]
+    assert [point.directory for point in points] == directories
+    assert len(set(directories)) == 2
+    alone = points_of("train.alpha=0,1", "train.gradient_accumulation_steps=1,4")
+    assert [point.directory in directories for point in alone] == [False, True] * 2
+
+
+def test_one_process_has_none_to_share_its_weights_with() -> None:
+    with pytest.raises(
+        ConfigError, match=r"1 of 2 points.*\n.*train\.strategy=fsdp.*hydra\.launcher\.tasks_per_node=N"
+    ):
+        points_of("train.strategy=ddp,fsdp")
 
 
 FAULTY: dict[str, tuple[list[str], type[KDError], list[str]]] = {

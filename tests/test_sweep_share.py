@@ -75,6 +75,23 @@ def test_gpus_go_by_turns() -> None:
     assert Share(4, 1, ()).environment(1, by_turns=True) == {}
 
 
+@pytest.mark.parametrize(
+    ("gpus", "processes", "turns"),
+    [
+        ("0,1,2,3", 1, ("0", "1", "2", "3")),
+        ("0,1,2,3", 2, ("0,1", "2,3")),
+        ("0,1,2", 2, ("0,1",)),
+        ("0", 2, ("0",)),
+        ("", 2, ()),
+    ],
+)
+def test_processes_of_a_job_take_gpus_together(
+    gpus: str, processes: int, turns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert share_out(2, processes).gpus == turns
+
+
 @pytest.mark.parametrize(("value", "gpus"), [("", ()), ("-1", ()), ("3", ("3",)), ("1,GPU-a", ("1", "GPU-a"))])
 def test_the_environment_says_which_gpus_there_are(
     value: str, gpus: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -140,5 +140,6 @@ def test_a_sweep_under_torchrun_is_refused(torchrun: pytest.MonkeyPatch) -> None
     outcome, imported = run_and_list("-m", "debug=fast", "seed=0,1")
     assert outcome.code == 2
     assert "without torchrun" in outcome.errors
+    assert "hydra.launcher.tasks_per_node=4" in outcome.errors
     assert "Traceback" not in outcome.errors
     assert imported == []

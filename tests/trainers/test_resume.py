@@ -303,6 +303,15 @@ def test_a_second_request_does_not_wait() -> None:
     assert caught.value.exit_code == 130
 
 
+def test_a_request_after_that_of_another_process_is_the_first() -> None:
+    stop = StopSignal()
+    with stop.listening():
+        stop.signum = signal.SIGTERM  # as all agreed
+        stop.request(signal.SIGTERM)  # while a checkpoint is saved
+        with pytest.raises(Interrupted):
+            stop.request(signal.SIGTERM)
+
+
 def test_where_nothing_listens_a_request_ends_at_once() -> None:
     stop = StopSignal()
     with pytest.raises(Interrupted) as caught:
