@@ -12,7 +12,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kd"
 FLOORS = (
     {"errors"},  # the others of floor 0 raise them
-    {"__init__", "config", "extras", "files", "stop", "gguf_header", "sweep_share", "torchrun", "huge_pages"},
+    {
+        "__init__",
+        "config",
+        "extras",
+        "files",
+        "stop",
+        "gguf_header",
+        "sweep_share",
+        "torchrun",
+        "huge_pages",
+        "projection",
+    },
     {"checkpoint_files", "sweep_group"},
     {
         "model",
