@@ -8,12 +8,14 @@ from torch import Tensor
 
 IMAGES = 16
 """So many pictures are a convolution that torch gives to oneDNN for any number of threads."""
+LEAST_WIDTH = 512
+"""Below it, less is gained than it costs to copy the result: a convolution cannot be told where to put it."""
 
 
 def project(weight: Tensor, hidden: Tensor, out: Tensor) -> None:
     """Write `weight @ hidden.T`, (K, C).
 
-    Torch multiplies float32 matrices on a CPU by MKL, which on AMD's processors takes 1.1 to 1.4 times as long as
+    Torch multiplies float32 matrices on a CPU by MKL, which on AMD's Zen 4 takes 1.1 to 1.4 times as long as
     oneDNN; that one has torch's convolutions. A convolution with a kernel of 1 x 1 is a matrix product: the rows of the
     weight are the pixels, in pictures of one line each, and the hidden states of the tokens are the kernels.
 
@@ -31,11 +33,12 @@ def project(weight: Tensor, hidden: Tensor, out: Tensor) -> None:
 
 
 def _is_faster_as_convolution(weight: Tensor) -> bool:
-    """Return whether this is oneDNN's case: whole pictures of float32 on an x86 processor."""
+    """Return whether this is oneDNN's case: whole pictures of enough float32 on an x86 processor."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and len(weight) % IMAGES == 0
+        and weight.size(1) >= LEAST_WIDTH
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )

@@ -1,16 +1,38 @@
-"""The product of a tile is the same from either library."""
+"""The product of a tile is the same from either library, and so is the loss."""
 
 import pytest
 import torch
 
-from kd.projection import IMAGES, project
+import kd.projection
+from kd.linear_distillation import linear_distillation_loss
+from kd.projection import IMAGES, LEAST_WIDTH, project
+from kd.tiles import Tiling
+
+HAS_ONEDNN = kd.projection._is_faster_as_convolution(torch.empty(IMAGES, LEAST_WIDTH))
+
+
+@pytest.fixture
+def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of all convolutions' results."""
+    shapes: list[torch.Size] = []
+    conv2d = torch.nn.functional.conv2d
+
+    def noted(pictures: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+        result = conv2d(pictures, kernels)
+        shapes.append(result.shape)
+        return result
+
+    monkeypatch.setattr(kd.projection.F, "conv2d", noted)
+    return shapes
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("width", [1, 7, 64])
+@pytest.mark.parametrize("width", [LEAST_WIDTH - 1, LEAST_WIDTH, LEAST_WIDTH + 3])
 @pytest.mark.parametrize("tokens", [1, 5, 32])
 @pytest.mark.parametrize("entries", [1, IMAGES - 1, IMAGES, IMAGES * 5, IMAGES * 5 + 1])
-def test_equals_the_product_in_float64(threads: int, width: int, tokens: int, entries: int) -> None:
+def test_equals_the_product_in_float64(
+    threads: int, width: int, tokens: int, entries: int, convolutions: list[torch.Size]
+) -> None:
     generator = torch.Generator().manual_seed(entries)
     weight = torch.randn(entries + 3, width, generator=generator)[3:]
     hidden = torch.randn(tokens + 2, width, generator=generator)[2:]
@@ -19,23 +41,53 @@ def test_equals_the_product_in_float64(threads: int, width: int, tokens: int, en
     torch.set_num_threads(threads)
     project(weight, hidden, out)
     torch.set_num_threads(before)
-    torch.testing.assert_close(out.double(), weight.double() @ hidden.double().T, rtol=0, atol=1e-6 * width)
+    torch.testing.assert_close(out.double(), weight.double() @ hidden.double().T, rtol=0, atol=1e-4)
+    if HAS_ONEDNN:
+        assert bool(convolutions) == (width >= LEAST_WIDTH and entries % IMAGES == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_weight_that_lies_in_columns(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-4, 5, (8, IMAGES * 2), generator=generator).to(dtype).T
-    hidden = torch.randint(-4, 5, (3, 8), generator=generator).to(dtype)
+    weight = torch.randint(-2, 3, (LEAST_WIDTH, IMAGES * 2), generator=generator).to(dtype).T
+    hidden = torch.zeros(3, LEAST_WIDTH, dtype=dtype)
+    hidden[0, 5], hidden[1, 0], hidden[2, -1] = 1, 2, -1
     out = torch.empty(IMAGES * 2, 3, dtype=dtype)
     project(weight, hidden, out)
     assert torch.equal(out, weight @ hidden.T)
 
 
 def test_infinite_and_missing_values_stay_in_their_rows() -> None:
-    weight = torch.ones(IMAGES * 2, 4)
+    weight = torch.ones(IMAGES * 2, LEAST_WIDTH)
     weight[3, 1], weight[IMAGES, 0] = float("inf"), float("nan")
     out = torch.empty(IMAGES * 2, 2)
-    project(weight, torch.ones(2, 4), out)
+    project(weight, torch.ones(2, LEAST_WIDTH), out)
     assert torch.equal(torch.isfinite(out).all(dim=1).logical_not().nonzero().flatten(), torch.tensor([3, IMAGES]))
     assert out[3, 0] == float("inf")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_the_loss_and_its_gradients_are_the_same(
+    temperature: float, monkeypatch: pytest.MonkeyPatch, convolutions: list[torch.Size]
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, teacher_hidden = (torch.randn(37, width, generator=generator) for width in (LEAST_WIDTH, LEAST_WIDTH + 16))
+    weight, teacher_weight = (
+        torch.randn(IMAGES * 11 + 5, width, generator=generator) * 0.1 for width in (LEAST_WIDTH, LEAST_WIDTH + 16)
+    )
+    labels = torch.randint(len(weight), (37,), generator=generator)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        tiling = Tiling(tokens=16, vocabulary=IMAGES * 3)
+        loss, _ = linear_distillation_loss(
+            hidden, weight, teacher_hidden, teacher_weight, labels, 0.5, temperature, tiling=tiling
+        )
+        return [loss, *torch.autograd.grad(loss, (hidden, weight))]
+
+    fast = loss_and_gradients()
+    if HAS_ONEDNN:
+        assert len(convolutions) == 3 * 3 * 2  # chunks, whole tiles, models
+    monkeypatch.setattr(kd.projection, "LEAST_WIDTH", 2**31)
+    torch.testing.assert_close(fast, loss_and_gradients(), rtol=1e-5, atol=1e-7)
