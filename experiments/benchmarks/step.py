@@ -59,6 +59,8 @@ from kd.model import StudentModel
 from kd.teacher import LiveTeacher, Teacher, freeze
 from kd.teacher_cache import TeacherCacheKey, open_cached_teacher
 from kd.trainers import DistillationTrainer
+from kd.trainers.dealing import Dealt
+from kd.trainers.progress import Progress
 from tests.llama import make_llama
 
 PLAIN, TRL, LIVE, CACHED = "plain", "trl", "kd live", "kd cached"
@@ -259,10 +261,12 @@ def ours(setting: Setting, teacher: nn.Module | Teacher) -> Step:
         temperature=setting.job.temperature,
     )
     trainer = DistillationTrainer(setting.student(), teacher, setting.batches(), None, config, setting.device)
+    with Progress("step", 0, trainer.total_steps) as progress:
+        pass  # its bar is closed, and shows nothing
 
     def step(batch: Batch) -> float:
         # train() would also log, and save at the end.
-        trainer._train_window([batch])
+        trainer._train_window([Dealt(batch, counts=True)], progress)
         return trainer._meter.latest()["loss"]
 
     return step
