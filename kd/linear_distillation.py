@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kd.head_products import Sum, add_gradients
 from kd.huge_pages import new_empty
 from kd.labelled import labelled_rows, select_rows, spread_rows
 from kd.tiles import Chunk, Head, Tiling, Workspace
@@ -226,25 +227,18 @@ class _Gradients:
 
     def add(self, tokens: slice, entries: slice, gradient: Tensor) -> None:
         """Add the products of a tile of the gradient by the logits, (K, C)."""
-        tile = gradient.to(self._product_dtype)
-        if self.weight is not None:
-            hidden = self._student.hidden[tokens].to(self._product_dtype)
-            _accumulate(self.weight[entries], tile, hidden, is_first=tokens.start == 0)
-        if self.hidden is not None:
-            weight = self._student.weight[entries].to(self._product_dtype)
-            _accumulate(self.hidden[tokens], tile.T, weight, is_first=entries.start == 0)
+        self._add_products(tokens, entries, gradient.to(self._product_dtype))
         if self.bias is not None:
             self.bias[entries] += gradient.sum(dim=1)
 
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
-    """Add the product to the total, or write it there; a half-precision product is added in float32."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=0 if is_first else 1)
-    elif is_first:
-        total.copy_(left @ right)
-    else:
-        total.add_(left @ right)
+    def _add_products(self, tokens: slice, entries: slice, gradient: Tensor) -> None:
+        add_gradients(
+            gradient,
+            self._student.weight[entries].to(gradient.dtype),
+            self._student.hidden[tokens].to(gradient.dtype),
+            by_weight=None if self.weight is None else Sum(self.weight[entries], is_empty=tokens.start == 0),
+            by_hidden=None if self.hidden is None else Sum(self.hidden[tokens], is_empty=entries.start == 0),
+        )
 
 
 def _walk(
@@ -259,7 +253,7 @@ def _walk(
     workspace = Workspace(student, teacher is not None, tiling, keep_logits=any(needed))
     gradients = _Gradients(student, workspace.dtype, needed) if any(needed) else None
     count = max(1, len(labels))
-    kl = torch.zeros((), dtype=workspace.dtype, device=labels.device)
+    kl = torch.zeros((), dtype=torch.float64, device=labels.device)
     nll = torch.zeros_like(kl)
     for tokens in workspace.chunks(len(labels)):
         chunk = Chunk(student, teacher, labels, tokens, objective.temperature, workspace)
@@ -269,7 +263,7 @@ def _walk(
         if gradients is not None:
             for entries, tile in chunk.gradients(objective.alpha, count):
                 gradients.add(tokens, entries, tile)
-    return kl * objective.temperature**2 / count, nll / count, gradients
+    return (kl * objective.temperature**2 / count).to(workspace.dtype), (nll / count).to(workspace.dtype), gradients
 
 
 class _LinearDistillation(torch.autograd.Function):

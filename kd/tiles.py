@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd.head_products import project
 from kd.huge_pages import new_empty
-from kd.projection import project
 
 MOST_SQUARINGS = 4
 LOWEST_LOGIT = -1e30
@@ -174,23 +174,18 @@ class LogSumExp:
         torch.sum(exponentials, dim=0, out=self._sums[tile])
 
     def value(self) -> Tensor:
-        """Return the result over all tiles, (C,)."""
+        """Return the result over all tiles, (C,), float64.
+
+        The KL is a small difference of two such values, and at a high temperature T^2 of it counts: float32, which
+        rounds a value of log V by eps * log V, would be off by more than the exponentials are.
+        """
         if self._value is None:
-            highest, rest = self._split()
-            self._value = highest + rest
+            self._value = (self._peaks.double() + self._sums.double().log()).logsumexp(dim=0)
         return self._value
 
     def tile_factors(self) -> Tensor:
-        """Return what the exponentials of each tile must be multiplied by to be probabilities, (tiles, C)."""
-        highest, rest = self._split()
-        # Not `peaks - value`: the value, rounded to eps * |x| / T, would make all probabilities wrong by that factor,
-        # and their mean of logits by the square of |x| / T.
-        return (self._peaks - highest - rest).exp()
-
-    def _split(self) -> tuple[Tensor, Tensor]:
-        """Return the result as its largest peak and the rest, which is at most log V; (C,) each."""
-        highest = self._peaks.amax(dim=0)
-        return highest, (self._peaks - highest + self._sums.log()).logsumexp(dim=0)
+        """Return what the exponentials of each tile must be multiplied by to be probabilities, (tiles, C), float64."""
+        return (self._peaks - self.value()).exp()
 
     def top(self) -> Tensor:
         """Return the vocabulary entry of the largest logit, (C,); the first of equal ones, as argmax does."""
@@ -290,11 +285,11 @@ class Chunk:
         return torch.where(inside, logits[rows, self._columns], so_far)
 
     def nll(self) -> Tensor:
-        """Return the student's -log p(label) at temperature 1, (C,)."""
+        """Return the student's -log p(label) at temperature 1, (C,), float64."""
         return self.hard.value() - self._label_logit
 
     def teacher_nll(self) -> Tensor:
-        """Return the teacher's -log p(label) at the chunk's temperature, (C,); only if logits are not kept."""
+        """Return the teacher's -log p(label) at the chunk's temperature, (C,), float64; only if logits are not kept."""
         return self.teacher_soft.value() - self._teacher_label_logit / self.temperature
 
     def agreement(self) -> Tensor:
@@ -302,7 +297,7 @@ class Chunk:
         return self.soft.top() == self.teacher_soft.top()
 
     def kl(self) -> Tensor:
-        """Return KL(teacher/T || student/T), (C,), in nats, without the T^2.
+        """Return KL(teacher/T || student/T), (C,), float64, in nats, without the T^2.
 
         The teacher's mean of (t - s)/T, less the difference of the two log-sum-exps.
         """
@@ -320,7 +315,7 @@ class Chunk:
         terms = [(self.hard, soft + hard)] if self.soft is self.hard else [(self.soft, soft), (self.hard, hard)]
         terms = [(sums, weight) for sums, weight in terms if weight > 0]
         student = self._from_logits(terms) if self._squarings is None else self._from_exponentials(terms)
-        factors = self.teacher_soft.tile_factors() * -soft if soft > 0 else None
+        factors = (self.teacher_soft.tile_factors() * -soft).to(self._gaps.dtype) if soft > 0 else None
         for index, (entries, gradient) in enumerate(student):
             if factors is not None:
                 gradient.addcmul_(self._workspace.teacher(entries, len(self.labels)), factors[index])
@@ -331,7 +326,7 @@ class Chunk:
     def _from_logits(self, terms: list[tuple[LogSumExp, float]]) -> Iterator[tuple[slice, Tensor]]:
         """Give tile by tile the weighted sum of the student's probabilities, (K, C)."""
         # The factors of a token go into the exponents.
-        offsets = [(sums.scale, math.log(weight) - sums.value()) for sums, weight in terms]
+        offsets = [(sums.scale, (math.log(weight) - sums.value()).to(self._gaps.dtype)) for sums, weight in terms]
         for entries in self._workspace.tiles():
             logits = self._workspace.student(entries, len(self.labels))
             total, term = self._workspace.scratch(logits)
@@ -343,7 +338,7 @@ class Chunk:
 
     def _from_exponentials(self, terms: list[tuple[LogSumExp, float]]) -> Iterator[tuple[slice, Tensor]]:
         """Give the same from exponentials that are there already."""
-        factors = [(sums is self.soft, sums.tile_factors() * weight) for sums, weight in terms]
+        factors = [(sums is self.soft, (sums.tile_factors() * weight).to(self._gaps.dtype)) for sums, weight in terms]
         for index, entries in enumerate(self._workspace.tiles()):
             exponentials = self._workspace.student(entries, len(self.labels))
             total, power = self._workspace.scratch(exponentials)

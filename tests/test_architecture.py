@@ -22,7 +22,7 @@ FLOORS = (
         "sweep_share",
         "torchrun",
         "huge_pages",
-        "projection",
+        "head_products",
     },
     {"checkpoint_files", "sweep_group"},
     {

@@ -138,12 +138,14 @@ def test_any_problem_is_finite_and_equals_float64(
     gradients = torch.autograd.grad(total, problem.leaves())
     assert all(bool(value.isfinite().all()) for value in (total, *terms.values(), *gradients))
     expected_terms, expected = in_float64(problem, alpha, temperature)
-    # A log-sum-exp is as large as the largest |logit| / T, so rounding it once costs eps of that; the KL is a sum of
-    # three such terms (the mean gap, up to twice as large, and two log-sum-exps) and carries T^2. The cross-entropy is
-    # two at T = 1. Means do not grow. The scalars are reported in float32, whatever the dtype of the logits.
+    # Logits / T are as large as the largest |logit| / T, so rounding them once costs eps of that; the KL is a sum of
+    # three such terms (the mean gap, up to twice as large, and two log-sum-exps) and carries T^2. Each exponential is
+    # rounded too, by eps of itself, which is eps in the logarithm of their sum, and in the KL there are two. The
+    # cross-entropy is two terms at T = 1. Means do not grow. The scalars are reported in float32, whatever the dtype of
+    # the logits.
     largest = max(float(logits.detach().abs().max()) for logits in problem.logits())
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    allowed = {"kl_loss": 8 * eps * largest * temperature, "ce_loss": 4 * eps * largest}
+    allowed = {"kl_loss": 8 * eps * largest * temperature + 2 * eps * temperature**2, "ce_loss": 4 * eps * largest}
     allowed["total_loss"] = alpha * allowed["kl_loss"] + (1 - alpha) * allowed["ce_loss"]
     for name, value in terms.items():
         torch.testing.assert_close(
@@ -160,6 +162,22 @@ def test_any_problem_is_finite_and_equals_float64(
         torch.testing.assert_close(
             gradient.double(), reference, rtol=max(1e-4, product), atol=scale * (exponent + product)
         )
+
+
+@pytest.mark.parametrize("temperature", [16.0, 20.0])
+@pytest.mark.parametrize("std", [0.1, 3.0])
+def test_a_small_kl_over_a_large_vocabulary_at_a_high_temperature(std: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20_000, 16, generator=generator) * std / 4
+    hidden = torch.randn(32, 16, generator=generator)
+    teacher = hidden + 0.3 * torch.randn(32, 16, generator=generator)
+    labels = torch.randint(len(weight), (32,), generator=generator)
+    problem = Problem(hidden, weight, teacher, weight, labels)
+    _, terms = problem.loss(0.5, temperature, None)
+    expected, _ = in_float64(problem, 0.5, temperature)
+    # Rounding the log-sum-exps, about log V, to float32 would cost more.
+    allowed = 0.2 * torch.finfo(torch.float32).eps * temperature**2
+    torch.testing.assert_close(terms["kl_loss"].double(), expected["kl_loss"].double(), rtol=1e-5, atol=allowed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
