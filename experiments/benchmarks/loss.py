@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/loss.py
 
-Compares forward and backward of `linear_distillation_loss` with the matrix products alone (the floor: nothing that
-computes these gradients can be faster), plain PyTorch on full logits, and Liger-Kernel's chunked distillation loss,
-where that is installed (`pip install -e ".[bench]"`; it has no T^2, which its soft weight makes up for).
+Compares forward and backward of `linear_distillation_loss` with the four matrix products alone, plain PyTorch on full
+logits, and Liger-Kernel's chunked distillation loss, where that is installed (`pip install -e ".[bench]"`; it has no
+T^2, which its soft weight makes up for). The products stand there twice: as `torch.mm` computes them, which is what the
+others call, and tile by tile with the functions that kd calls: nothing is left of kd there but its element-wise work.
 """
 
 import argparse
@@ -23,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from measure import MIB, Measurement, add_common_arguments, compare, save, serve, table
 
-from kd.linear_distillation import linear_distillation_loss
+from kd.head_products import Sum, add_gradients, project
+from kd.linear_distillation import ACCELERATOR_TILING, CPU_TILING, linear_distillation_loss
 from kd.losses import distillation_loss
 from kd.tiles import Tiling
 
-FLOOR, PLAIN, OURS, LIGER = "matrix products", "plain", "kd", "liger"
+FLOOR, TILED, PLAIN, OURS, LIGER = "matrix products", "kd's products", "plain", "kd", "liger"
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Problem:
 
 
 def matrix_products(problem: Problem) -> Callable[[], float]:
-    """The four products that no implementation can do without, as large as they come."""
+    """The four products that no implementation can do without, by torch.mm, as large as they come."""
     weight, hidden = problem.student_weight.detach(), problem.student.detach()
     logits = torch.empty(len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
     by_hidden, by_weight = torch.empty_like(hidden), torch.empty_like(weight)
@@ -82,6 +84,27 @@ def matrix_products(problem: Problem) -> Callable[[], float]:
         torch.mm(problem.teacher, problem.teacher_weight.T, out=logits)
         torch.mm(logits, weight, out=by_hidden)
         torch.mm(logits.T, hidden, out=by_weight)
+        return float("nan")
+
+    return repetition
+
+
+def tiled_products(problem: Problem, tiling: Tiling) -> Callable[[], float]:
+    """The same products in kd's tiles, by kd's functions."""
+    weight, hidden = problem.student_weight.detach(), problem.student.detach()
+    memory = torch.empty(tiling.vocabulary * tiling.tokens, device=hidden.device, dtype=hidden.dtype)
+    by_hidden, by_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    chunks = torch.arange(len(hidden)).split(tiling.tokens)
+    tiles = torch.arange(len(weight)).split(tiling.vocabulary)
+    slices = [(slice(c[0], c[-1] + 1), slice(t[0], t[-1] + 1)) for c in chunks for t in tiles]
+
+    def repetition() -> float:
+        for tokens, entries in slices:
+            tile = memory[: len(weight[entries]) * len(hidden[tokens])].view(-1, len(hidden[tokens]))
+            project(weight[entries], hidden[tokens], tile)
+            project(problem.teacher_weight[entries], problem.teacher[tokens], tile)
+            sums = Sum(by_weight[entries], tokens.start == 0), Sum(by_hidden[tokens], entries.start == 0)
+            add_gradients(tile, weight[entries], hidden[tokens], *sums)
         return float("nan")
 
     return repetition
@@ -148,6 +171,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], float]:
     name, _, detail = args.variant.partition(" ")
     if args.variant == FLOOR:
         return matrix_products(problem)
+    if args.variant == TILED:
+        return tiled_products(problem, CPU_TILING if args.device == "cpu" else ACCELERATOR_TILING)
     if name == PLAIN:
         return plain(problem)
     if name == LIGER:
@@ -185,6 +210,7 @@ def main() -> None:
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     variants = [
         FLOOR,
+        TILED,
         PLAIN,
         OURS,
         *(f"{OURS} {t}" for t in args.tilings),
