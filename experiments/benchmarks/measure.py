@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 PEAK_FILE = Path("/proc/self/status")
+CPU_FILE = Path("/proc/cpuinfo")
 MIB = 2**20
 
 
@@ -228,7 +229,18 @@ def _processor() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
+    return f"{_cpu_model()} {capability}, {torch.get_num_threads()} threads"
+
+
+def _cpu_model() -> str:
+    """Name the CPU; on Linux by family and model too, since virtual machines often hide the generation in the name."""
+    if not CPU_FILE.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in CPU_FILE.read_text().split("\n\n")[0].splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    if "model name" not in fields:
+        return platform.machine()
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def _plot(path: Path, results: Sequence[Measurement], title: str, memory_label: str) -> None:

@@ -191,7 +191,7 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
     axes.set_xticks(list(places), [f"{point.alpha:g}\n{point.temperature:g}" for point in points])
     axes.set_xlabel("alpha, temperature")
     axes.set_ylabel("seconds")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
