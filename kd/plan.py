@@ -66,7 +66,8 @@ def make_plan(config: Config) -> Plan:
         KDError: of the kind that fits, if anything is missing or contradicts; nothing was made then.
     """
     check_outputs(config.name)
-    _check_extras(config)
+    check_extras(config)
+    _warn_of_frozen_weights(config)
     teacher = _find_pretrained_teacher(config)
     start = None if config.init_from is None else find_start(config.init_from, config.model)
     data = _read_data(config)
@@ -91,9 +92,13 @@ def check_strategy(config: TrainerConfig, *, alone: bool) -> None:
         )
 
 
-def _check_extras(config: Config) -> None:
+def check_extras(config: Config) -> None:
+    """Raise ConfigError, with the command that installs it, if a package is missing that a setting needs."""
     require_extra("adapter=lora", config.adapter.extra)
     require_extra("quantization", config.quantization.extra)
+
+
+def _warn_of_frozen_weights(config: Config) -> None:
     if config.adapter.extra is not None and config.init_from is None:
         log.warning("adapter=lora without init_from: the weights that the adapters stand beside are random, and frozen")
 

@@ -250,6 +250,8 @@ def _report(experiment: Path, *, anew: bool) -> None:
         from kd.analysis.report import write_report  # here, because it loads pandas, scipy and matplotlib
 
         print(f"\n{write_report(experiment).text()}", flush=True)
+    except Interrupted:
+        raise
     except Exception as error:  # the runs are safe, so their sweep has not failed
         log.warning(
             "No report (%s: %s). To try again: python -m kd.compare %s", type(error).__name__, error, experiment

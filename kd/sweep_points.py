@@ -17,8 +17,8 @@ from omegaconf import DictConfig, open_dict
 
 from kd.composition import explain, to_config
 from kd.config import Config, TrainingConfig
-from kd.errors import ConfigError, KDError
-from kd.plan import Plan, check_strategy, make_plan
+from kd.errors import ConfigError, Interrupted, KDError
+from kd.plan import Plan, check_extras, check_strategy, make_plan
 from kd.runs import run_identity
 
 T = TypeVar("T")
@@ -82,6 +82,8 @@ def _for_each(items: Iterable[T], labels: Sequence[str], make: Callable[[T], R])
     for item, label in zip(items, labels, strict=True):
         try:
             made.append(make(item))
+        except Interrupted:
+            raise
         except Exception as error:
             ours = explain(error)
             if ours is None:
@@ -139,6 +141,8 @@ class _Composer:
     def _compose(self, overrides: list[str]) -> DictConfig | Exception:
         try:
             values = self._loader.load_sweep_config(self._master, overrides)
+        except Interrupted:
+            raise
         except Exception as error:  # kept: it is the fault of every point with these overrides
             return error
         with open_dict(values):
@@ -169,6 +173,7 @@ class _Planner:
         """Return the directory of the run that a configuration asks for."""
         train = config.train
         check_strategy(train, alone=self._num_processes == 1)
+        check_extras(config)
         needs_teacher = isinstance(train, TrainingConfig) and train.alpha > 0
         inputs = (
             config.name,

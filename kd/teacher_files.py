@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kd.config import HubTeacherConfig, LocalTeacherConfig
 from kd.data.hub_access import hub_is_reachable, one_line
-from kd.errors import ConfigError, DataError
+from kd.errors import ConfigError, DataError, Interrupted
 from kd.files import digest_of, file_digest
 from kd.gguf_header import read_gguf_sizes
 
@@ -143,6 +143,8 @@ def _locate_on_hub(model_id: str, revision: str | None) -> tuple[str, str]:
             return model_id, commit
     except HfHubHTTPError as error:
         reason = f"the Hub answers: {one_line(error)}"
+    except Interrupted:
+        raise
     except Exception as error:  # a connection that breaks: its types change with the client's HTTP library
         reason = f"the Hub cannot be reached: {one_line(error)}"
     try:

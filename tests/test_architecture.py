@@ -205,6 +205,56 @@ def test_nothing_loads_a_pickle(path: Path) -> None:
     assert not list(unsafe_uses(ast.parse(path.read_text(encoding="utf-8"))))
 
 
+# --- a stop is never taken for a fault ----------------------------------------------------------------------------
+
+
+BROAD = {"Exception", "KDError", "BaseException"}
+"""Whoever catches one of these catches a stop too."""
+TELLS_OF_STOPS = {
+    "train.py": 2,  # the command's end, which exits with the stop's own code
+    "compare.py": 1,  # where a signal has its usual effect, as in kd.generate
+    "generate.py": 1,
+    "sweep.py": 1,  # the launcher, during which a signal is a request in a file
+    "data/hub_access.py": 1,  # a thread, in which no signal arrives
+}
+"""Files with clauses that catch all, a stop included, and how many."""
+
+
+def swallows(tree: ast.AST) -> Iterator[str]:
+    """Yield the clauses that would end a stop: they catch all, and neither raise again nor follow one for stops."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Try):
+            continue
+        caught: list[str] = []
+        for clause in node.handlers:
+            caught.append("BaseException" if clause.type is None else ast.unparse(clause.type))
+            raises = isinstance(clause.body[-1], ast.Raise) and clause.body[-1].exc is None
+            if caught[-1] in BROAD and not raises and "Interrupted" not in caught[:-1]:
+                yield f"line {clause.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("clauses", "count"),
+    [
+        ("except Exception:\n    pass", 1),
+        ("except Exception as error:\n    raise ValueError from error", 1),
+        ("except:\n    pass", 1),
+        ("except KDError:\n    pass", 1),
+        ("except Exception:\n    clean()\n    raise", 0),
+        ("except Interrupted:\n    raise\nexcept Exception:\n    pass", 0),
+        ("except OSError:\n    pass", 0),
+    ],
+)
+def test_a_clause_that_would_end_a_stop_is_noticed(clauses: str, count: int) -> None:
+    assert len(list(swallows(ast.parse(f"try:\n    work()\n{clauses}\n")))) == count
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) != TUTORIAL], ids=name_of)
+def test_nothing_catches_a_stop_as_a_fault(path: Path) -> None:
+    found = list(swallows(ast.parse(path.read_text(encoding="utf-8"))))
+    assert len(found) == TELLS_OF_STOPS.get(name_of(path), 0), found
+
+
 # --- size and docstrings ------------------------------------------------------------------------------------------
 
 

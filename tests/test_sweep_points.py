@@ -1,5 +1,6 @@
 """The points of a sweep: what Hydra would compose, every fault named, each run once."""
 
+import importlib.util
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 
 from kd.composition import conf_dir, register_schemas, to_config
 from kd.config import Config
-from kd.errors import ConfigError, DataError, KDError
+from kd.errors import ConfigError, DataError, Interrupted, KDError
 from kd.sweep_points import Point, find_points
 
 SMALL = ("data.sample_size=400000", "model.vocab_size=512")
@@ -147,6 +148,32 @@ def test_all_faulty_points_are_named_and_nothing_is_made(
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "package"),
+    [("adapter=none,lora", "peft"), ("quantization=none,int8", "torchao"), ("seed=0,1 adapter=none,lora", "peft")],
+)
+def test_a_missing_package_is_found_at_whichever_point_needs_it(
+    settings: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ConfigError, match=f"points cannot be done.*\n.*needs {package}, which is not installed"):
+        points_of(*settings.split())
+
+
+@pytest.mark.parametrize(
+    "place", ["kd.sweep_points.make_plan", "hydra._internal.config_loader_impl.ConfigLoaderImpl.load_sweep_config"]
+)
+def test_a_stop_while_points_are_looked_at_is_no_fault_of_theirs(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted("Stopped.")
+
+    with hydra() as (loader, master):
+        monkeypatch.setattr(place, stop)
+        with pytest.raises(Interrupted, match=r"^Stopped\.$"):
+            find_points([*SMALL, "seed=0,1"], loader, master)
 
 
 def test_a_fault_of_many_points_is_told_once() -> None:

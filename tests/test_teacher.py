@@ -271,6 +271,18 @@ def test_a_cached_model_is_used_where_the_hub_is_out_of_reach(
     assert find_hub("org/tiny", "a" * 40).fingerprint == found.fingerprint
 
 
+def test_a_stop_while_the_hub_is_asked_is_a_stop(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted("stopped")
+
+    use_hub_cache(monkeypatch, tmp_path / "hub")
+    put_into_cache(tmp_path / "hub", qwen, "a" * 40)
+    reach_hub(monkeypatch, True)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", stop)
+    with pytest.raises(Interrupted):
+        find_hub("org/tiny")
+
+
 # --- identity by content ----------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd.config import GRPOConfig
 from kd.distributed import get_rank
-from kd.errors import DataError, NumericError
+from kd.errors import DataError, Interrupted, NumericError
 from kd.generation import GenerationConfig, TextGenerator
 from kd.trainers.groups import mask_of
 from kd.trainers.state import Batch
@@ -82,6 +82,8 @@ class Rollouts:
         texts = _texts(rollout, self.generator)
         try:
             rewards = torch.tensor(list(self.reward_fn(texts, rollout)), dtype=torch.float32)
+        except Interrupted:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}. The batch begins with the response {texts[0][:80]!r}"
             raise DataError(f"The reward function failed: {reason}.") from error
