@@ -3,18 +3,30 @@
 import logging
 import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kd.errors import DataError, NumericError
+from kd.gguf_header import read_gguf_header
 from kd.heads import LinearHead, NoLinearHeadError, SplitModel, logits_of
 from kd.model import StudentModel, forward_flops_per_token, num_parameters
-from kd.teacher_files import PretrainedTeacher, cannot_load, check_vocabulary, load_errors
+from kd.teacher_files import (
+    PretrainedTeacher,
+    cannot_load,
+    check_gguf_positions,
+    check_vocabulary,
+    holds_adapter,
+    load_errors,
+    refuse_adapter,
+)
 
 log = logging.getLogger("kd")
 
+OLD_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")
+"""Ends of the names of constants that older versions of transformers kept beside the weights."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -120,9 +132,13 @@ def load_teacher_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    refuse_adapter(Path(model_id), model_id)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    local_gguf = Path(model_id, gguf_file) if gguf_file and Path(model_id, gguf_file).is_file() else None
     try:
+        if local_gguf is not None:
+            check_gguf_positions(local_gguf)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_id,
             revision=revision or "main",
@@ -135,13 +151,32 @@ def load_teacher_model(
     except load_errors() as error:
         raise DataError(cannot_load(model_id, revision, gguf_file, error)) from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):  # the library would make them up at random
-        raise DataError(
-            f"The teacher {model_id} lacks {len(missing)} weights, like {missing[0]}: its files are damaged."
-        )
+    unexpected = list(report["unexpected_keys"])
+    if local_gguf is not None:  # what has no place is left out there before the library counts
+        has_biases = any(name.endswith(".bias") for name in model.state_dict())
+        num_layers = model.config.get_text_config().num_hidden_layers
+        unexpected += read_gguf_header(local_gguf).unused(num_layers, has_biases=has_biases)
+    _check_weights(model_id, model, list(report["missing_keys"]), unexpected)
     model.config.use_cache = False  # a teacher only ever sees whole blocks
     teacher: nn.Module = freeze(model).to(device)
     return teacher
+
+
+def _check_weights(model_id: str, model: nn.Module, missing: list[str], unexpected: list[str]) -> None:
+    """Check that the model took all weights of its files and found all of its own there, and no others besides."""
+    if missing:  # the library would make them up at random
+        raise DataError(
+            f"The teacher {model_id} lacks {len(missing)} weights, like {min(missing)}: its files are damaged, or are "
+            f"those of another kind of model than {type(model).__name__}."
+        )
+    if unused := sorted(name for name in unexpected if not name.endswith(OLD_BUFFERS)):
+        raise DataError(
+            f"The teacher {model_id} has {len(unused)} weights that {type(model).__name__} does not take, like "
+            f"{unused[0]}: its config.json is not that of its weights, or it is another kind of model. Give a causal "
+            "language model with its own config.json."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):  # from the Hub, whose files are not at hand before
+        raise DataError(holds_adapter(model_id))
 
 
 def load_pretrained(found: PretrainedTeacher, device: torch.device) -> LiveTeacher:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.gguf_header import GGUFSizes, read_gguf_sizes
+from kd.gguf_header import GGUFSizes, read_gguf_header, read_gguf_sizes
 
 UINT32, FLOAT32, BOOL, STRING, LIST, UINT64 = 4, 6, 7, 8, 9, 10
 
@@ -81,3 +81,74 @@ def test_what_is_no_header_is_a_value_error(tmp_path: Path, content: bytes) -> N
     (tmp_path / "a.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=r"header|GGUF"):
         read_gguf_sizes(tmp_path / "a.gguf")
+
+
+# --- the whole header -----------------------------------------------------------------------------------------------
+
+
+def float32(key: str, value: float) -> bytes:
+    return pair(key, FLOAT32, struct.pack("<f", value))
+
+
+def kind(value: str, architecture: str = "llama") -> bytes:
+    return pair(f"{architecture}.rope.scaling.type", STRING, text(value))
+
+
+def tensor(name: str, *sizes: int) -> bytes:
+    return text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, 0, 0)
+
+
+def whole(pairs: tuple[bytes, ...], *tensors: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs)) + b"".join(pairs) + b"".join(tensors)
+
+
+EMBEDDING, FREQUENCIES = tensor("token_embd.weight", 16, 300), tensor("rope_freqs.weight", 2)
+
+
+def test_values_and_names_of_tensors_are_read(tmp_path: Path) -> None:
+    content = whole((ARCHITECTURE, TOKENS, SCORES, FLAG, SIZE, float32("llama.x", 2.5)), EMBEDDING, FREQUENCIES)
+    (tmp_path / "a.gguf").write_bytes(content)
+    found = read_gguf_header(tmp_path / "a.gguf")
+    assert found.tensors == ("token_embd.weight", "rope_freqs.weight")
+    numbers = {"tokenizer.ggml.tokens": 4, "tokenizer.ggml.scores": 3, "a.flag": True, "a.size": 2**40, "llama.x": 2.5}
+    assert found.values == {"general.architecture": "llama", **numbers}
+    for length in range(len(content)):
+        (tmp_path / "a.gguf").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"."):
+            read_gguf_header(tmp_path / "a.gguf")
+
+
+FACTOR, NO_FACTOR = float32("llama.rope.scaling.factor", 4.0), float32("llama.rope.scaling.factor", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "tensors", "words"),
+    [
+        ((), (EMBEDDING,), None),
+        ((kind("none"), FACTOR), (EMBEDDING,), None),
+        ((kind("linear"), NO_FACTOR), (EMBEDDING,), None),
+        ((float32("llama.rope.scale_linear", 0.0),), (EMBEDDING,), None),
+        ((kind("linear"), FACTOR), (EMBEDDING,), "llama.rope.scaling.factor=4.0"),
+        ((FACTOR,), (EMBEDDING,), "llama.rope.scaling.type=linear"),
+        ((float32("llama.rope.scale_linear", 2.0),), (EMBEDDING,), "llama.rope.scale_linear=2.0"),
+        ((kind("yarn"), FACTOR), (EMBEDDING,), "llama.rope.scaling.type=yarn"),
+        ((kind("longrope"),), (EMBEDDING,), "llama.rope.scaling.type=longrope"),
+        ((kind("yarn"), float32("llama.rope.scaling.attn_factor", 1.5)), (EMBEDDING,), "attn_factor=1.5"),
+        ((), (EMBEDDING, FREQUENCIES), "rope_freqs.weight"),
+        ((kind("none"),), (EMBEDDING, tensor("rope_factors_long.weight", 2)), "rope_factors_long.weight"),
+    ],
+)
+def test_scaled_positions_are_told(
+    tmp_path: Path, pairs: tuple[bytes, ...], tensors: tuple[bytes, ...], words: str | None
+) -> None:
+    (tmp_path / "a.gguf").write_bytes(whole((ARCHITECTURE, TOKENS, *pairs), *tensors))
+    found = read_gguf_header(tmp_path / "a.gguf").rope_scaling()
+    assert (found is None) == (words is None)
+    assert (words or "") in (found or "")
+
+
+def test_what_transformers_reads_itself_is_no_matter(tmp_path: Path) -> None:
+    architecture = pair("general.architecture", STRING, text("gpt-oss"))
+    pairs = (architecture, kind("yarn", "gpt-oss"), float32("gpt-oss.rope.scaling.factor", 32.0))
+    (tmp_path / "a.gguf").write_bytes(whole(pairs, EMBEDDING))
+    assert read_gguf_header(tmp_path / "a.gguf").rope_scaling() is None

@@ -39,6 +39,10 @@ def a_nested_teacher() -> None:
     a_teacher(vocab_size=7, text_config={"vocab_size": 301, "max_position_embeddings": 64})
 
 
+def a_teacher_by_other_names() -> None:
+    a_teacher(model_type="gpt2", max_position_embeddings=None, n_positions=48)
+
+
 def a_broken_gguf() -> None:
     Path("teacher").mkdir()
     Path("teacher/a.gguf").write_bytes(b"GGUF\x03")
@@ -88,6 +92,7 @@ REFUSALS: dict[tuple[str, ...], tuple[Callable[[], None], int, str]] = {
     TEACHER: (nothing, 4, "teacher.path=teacher"),
     (*TEACHER, "model.vocab_size=299"): (a_teacher, 2, "set model.vocab_size=300"),
     (*TEACHER, "model.vocab_size=300"): (a_teacher, 2, "set data.seq_len=64"),
+    (*TEACHER, "model.vocab_size=300", "data.seq_len=64"): (a_teacher_by_other_names, 2, "set data.seq_len=48"),
     (*TEACHER, "model.vocab_size=7"): (a_nested_teacher, 2, "set model.vocab_size=301"),
     (*TEACHER, "model.vocab_size=300", "data.seq_len=32", "data.tokenizer=bpe"): (a_teacher, 2, "data.tokenizer=bpe"),
     (*TEACHER, "teacher.gguf_file=b.gguf"): (a_broken_gguf, 4, "GGUF files there: a.gguf"),

@@ -5,8 +5,9 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,44 @@ def test_a_damaged_model_is_a_data_error_that_names_it(qwen: Path, damage: Calla
     assert "\n" not in str(caught.value)
 
 
+def one_layer(directory: Path) -> None:
+    layer_types = json.loads((directory / "config.json").read_text())["layer_types"]
+    change_config(directory, num_hidden_layers=1, layer_types=layer_types[:1])
+
+
+def add_a_score(directory: Path) -> None:
+    """What a reward model has in place of a head; the head itself may be the embedding."""
+    change_weights(directory, lambda tensors: tensors.update({"score.weight": torch.ones(1, SIZES["hidden_size"])}))
+
+
+@pytest.mark.parametrize(("change", "named"), [(one_layer, r"12 .*layers\.1\."), (add_a_score, r"1 .*score\.weight")])
+def test_weights_that_the_model_does_not_take_are_named(qwen: Path, change: Callable[[Path], None], named: str) -> None:
+    change(qwen)
+    with pytest.raises(DataError, match=f"qwen has {named}.*config.json"):
+        load_pretrained(find_local(qwen), CPU)
+
+
+def test_constants_that_older_files_hold_are_no_weights(qwen: Path) -> None:
+    constants = {f"model.layers.0.self_attn.{name}": torch.ones(2) for name in ("masked_bias", "rotary_emb.inv_freq")}
+    change_weights(qwen, lambda tensors: tensors.update(constants))
+    assert load_pretrained(find_local(qwen), CPU).logits(BATCH).shape == (2, 12, VOCAB)
+
+
+def test_an_adapter_beside_whole_weights_is_refused(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (qwen / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for find in (find_local, lambda path: find_hub(str(path)), lambda path: load_teacher_model(str(path), CPU)):
+        with pytest.raises(DataError, match=r"holds an adapter \(adapter_config\.json\).*merge_and_unload"):
+            find(qwen)
+    use_hub_cache(monkeypatch, tmp_path / "hub")
+    put_into_cache(tmp_path / "hub", qwen, "a" * 40)
+    for reachable in (True, False):
+        reach_hub(monkeypatch, reachable, "a" * 40, ["config.json", "adapter_config.json"])
+        with pytest.raises(DataError, match=r"holds an adapter"):
+            find_hub("org/tiny")
+
+
 @pytest.mark.parametrize("load", [load_teacher_model, load_tokenizer])
 def test_a_stop_while_it_loads_is_no_fault_of_the_files(
     qwen: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[str], object]
@@ -220,8 +259,11 @@ def use_hub_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
 
 
-def reach_hub(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
+def reach_hub(monkeypatch: pytest.MonkeyPatch, answer: bool, commit: str = "", files: Sequence[str] = ()) -> None:
+    """Let the Hub be in reach or not, and answer with a commit and the names of its files."""
+    info = SimpleNamespace(sha=commit, siblings=[SimpleNamespace(rfilename=name) for name in files])
     monkeypatch.setattr(kd.teacher_files, "hub_is_reachable", lambda: answer)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
 
 
 def test_a_model_that_is_not_cached_names_the_command_that_fetches_it(
@@ -301,6 +343,21 @@ def test_a_fingerprint_follows_the_content_and_not_the_place(qwen: Path, tmp_pat
     assert nudged != fingerprint
     change_config(moved, rms_norm_eps=0.1)
     assert find_local(moved).fingerprint not in (fingerprint, nudged)
+
+
+def test_shards_in_folders_are_a_part_of_a_model(qwen: Path) -> None:
+    (qwen / "part").mkdir()
+    (qwen / "model.safetensors").rename(qwen / "part" / "one.safetensors")
+    tensors = load_file(qwen / "part" / "one.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "part/one.safetensors")}
+    (qwen / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = find_local(qwen).fingerprint
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, qwen / "part" / "one.safetensors", metadata={"format": "pt"})
+    assert find_local(qwen).fingerprint != before
+    (qwen / "part" / "one.safetensors").unlink()
+    with pytest.raises(DataError, match=r"lacks one\.safetensors, which its model\.safetensors\.index\.json names"):
+        find_local(qwen)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, GPT2Config, LlamaConfig, LlavaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    BloomConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MptConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from kd.config import LocalTeacherConfig
 from kd.errors import DataError
@@ -23,7 +34,11 @@ def find(folder: Path, config: dict[str, Any] | str) -> PretrainedTeacher:
 CONFIGS: list[PreTrainedConfig] = [
     Qwen2Config(vocab_size=1234, max_position_embeddings=77),
     LlamaConfig(),
-    GPT2Config(vocab_size=99),
+    GPT2Config(vocab_size=99, n_positions=48),
+    GPTBigCodeConfig(vocab_size=99, n_positions=48),
+    GPTJConfig(vocab_size=99, n_positions=48),
+    MptConfig(vocab_size=99, max_seq_len=48),
+    BloomConfig(vocab_size=99),
     LlavaConfig(text_config=Qwen2Config(vocab_size=1234, max_position_embeddings=77)),
     LlavaConfig(text_config=LlamaConfig()),
 ]
@@ -35,7 +50,7 @@ def test_sizes_are_those_that_the_library_sees(tmp_path: Path, config: PreTraine
     found = find(tmp_path, config.to_dict() if is_complete else config.to_diff_dict())
     text = AutoConfig.from_pretrained(tmp_path).get_text_config()
     assert found.vocab_size == text.vocab_size
-    assert found.max_seq_len == text.to_dict().get("max_position_embeddings")
+    assert found.max_seq_len == getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))
 
 
 def test_a_complete_configuration_is_read_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

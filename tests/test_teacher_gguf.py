@@ -1,6 +1,7 @@
 """A GGUF file, written here, is a teacher: its logits are the model's, and its tokenizer comes with it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kd.config import LocalTeacherConfig
 from kd.data.tokenizers import load_tokenizer, train_bpe
 from kd.errors import DataError
-from kd.teacher import check_teacher, load_pretrained
+from kd.teacher import check_teacher, load_pretrained, load_teacher_model
 from kd.teacher_files import PretrainedTeacher, find_teacher
 from tests.tiny_teacher import BATCH, CPU, SIZES, VOCAB
 
@@ -50,10 +51,15 @@ def to_gguf(name: str, weight: Tensor) -> tuple[str, "np.ndarray[Any, Any]"]:
     return name, np.ascontiguousarray(array)
 
 
-def save_gguf(path: Path, model: LlamaForCausalLM) -> None:
-    """Write a Llama model and a byte-level BPE as one GGUF file."""
+def nothing(_: Any) -> None:
+    """Add nothing."""
+
+
+def save_gguf(path: Path, model: LlamaForCausalLM, more: Callable[[Any], None] = nothing) -> None:
+    """Write a Llama model and a byte-level BPE, and what `more` adds to the writer, as one GGUF file."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
+    more(writer)
     writer.add_name("tiny")
     writer.add_context_length(SIZES["max_position_embeddings"])
     writer.add_block_count(SIZES["num_hidden_layers"])
@@ -103,6 +109,55 @@ def test_a_gguf_file_is_a_teacher_with_its_tokenizer(tmp_path: Path, tied: bool)
         model.model.norm.weight[0] += 1e-3
     save_gguf(tmp_path / "tiny.gguf", model)
     assert find_local(tmp_path, gguf_file="tiny.gguf", dtype="float32").fingerprint != found.fingerprint
+
+
+def scaled(kind: str, factor: float) -> Callable[[Any], None]:
+    def add(writer: Any) -> None:
+        writer.add_rope_scaling_type(pytest.importorskip("gguf").RopeScalingType(kind))
+        writer.add_rope_scaling_factor(factor)
+
+    return add
+
+
+def frequencies(writer: Any) -> None:
+    writer.add_tensor("rope_freqs.weight", np.array([1.0, 8.0], dtype=np.float32))
+
+
+SCALED: dict[str, tuple[Callable[[Any], None], str]] = {
+    "linear": (scaled("linear", 4.0), "type=linear, llama.rope.scaling.factor=4.0"),
+    "yarn": (scaled("yarn", 4.0), "type=yarn"),
+    "frequencies": (frequencies, "rope_freqs.weight"),
+}
+
+
+@pytest.mark.parametrize(("more", "named"), SCALED.values(), ids=SCALED.keys())
+def test_positions_that_transformers_would_not_scale_are_refused_before_weights_load(
+    tmp_path: Path, more: Callable[[Any], None], named: str
+) -> None:
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**SIZES))
+    save_gguf(tmp_path / "tiny.gguf", model, more)
+    with pytest.raises(DataError, match=r"tiny\.gguf.*scales its rotary positions") as caught:
+        find_local(tmp_path, gguf_file="tiny.gguf")
+    assert named in str(caught.value)
+    with pytest.raises(DataError, match=r"scales its rotary positions"):
+        load_teacher_model(str(tmp_path), CPU, dtype=torch.float32, gguf_file="tiny.gguf")
+
+
+def bias(writer: Any) -> None:
+    writer.add_tensor("blk.1.attn_q.bias", np.ones(SIZES["hidden_size"], dtype=np.float32))
+
+
+def third_layer(writer: Any) -> None:
+    writer.add_tensor("blk.2.attn_norm.weight", np.ones(SIZES["hidden_size"], dtype=np.float32))
+
+
+@pytest.mark.parametrize(("more", "named"), [(bias, "attn_q.bias"), (third_layer, "blk.2.attn_norm.weight")])
+def test_tensors_that_the_model_does_not_take_are_named(
+    tmp_path: Path, more: Callable[[Any], None], named: str
+) -> None:
+    save_gguf(tmp_path / "tiny.gguf", LlamaForCausalLM(LlamaConfig(**SIZES)), more)
+    with pytest.raises(DataError, match=f"1 weights that LlamaForCausalLM does not take, like .*{named}"):
+        load_pretrained(find_local(tmp_path, gguf_file="tiny.gguf", dtype="float32"), CPU)
 
 
 def test_a_broken_gguf_file_is_a_data_error(tmp_path: Path) -> None:
