@@ -12,6 +12,7 @@ from kd.config import (
     CorpusConfig,
     EmbeddedTeacherConfig,
     ExampleConfig,
+    ExampleFilesConfig,
     GRPOConfig,
     HubTeacherConfig,
     LocalTeacherConfig,
@@ -20,11 +21,13 @@ from kd.config import (
     TrainingConfig,
 )
 from kd.data import (
+    ChatExample,
     Corpus,
     Example,
     ExampleSet,
     TokenizerSource,
     answer_set,
+    chat_template_fingerprint,
     preference_set,
     prompt_set,
     read_corpus,
@@ -77,6 +80,7 @@ def make_plan(config: Config) -> Plan:
         tokenizer=tokenizer.fingerprint,
         teacher=_teacher_fingerprint(config, teacher, data.fingerprint, tokenizer.fingerprint),
         init_from=None if start is None else file_digest(start.checkpoint / MODEL_FILE),
+        chat_template=_chat_template(config, data, tokenizer),
     )
     identity = run_identity(config, fingerprints, num_processes())
     return Plan(config, data, tokenizer, teacher, fingerprints, start, identity)
@@ -172,6 +176,15 @@ def _example_set(data: ExampleConfig, config: Config) -> ExampleSet[Example]:
     if isinstance(config.train, SFTConfig):
         return answer_set(data)
     return prompt_set(data) if isinstance(config.train, GRPOConfig) else preference_set(data)
+
+
+def _chat_template(config: Config, data: Corpus | ExampleSet[Example], tokenizer: TokenizerSource) -> str | None:
+    """The fingerprint of what renders chats, if there are any. Only files can hold some, and those are read already."""
+    if isinstance(data, Corpus) or not isinstance(config.data, ExampleFilesConfig):
+        return None
+    if not any(isinstance(example, ChatExample) for part in data.parts.values() for example in part):
+        return None
+    return chat_template_fingerprint(tokenizer.load())
 
 
 def _check_blocks_fit(corpus: Corpus, seq_len: int) -> None:

@@ -10,11 +10,12 @@ from kd.data import (
     TokenizerSource,
     bpe_fingerprint,
     directory_tokenizer_fingerprint,
+    lasting_location,
     load_tokenizer,
     tokenizer_object_fingerprint,
     vocabulary_difference,
 )
-from kd.errors import ConfigError
+from kd.errors import ConfigError, DataError
 from kd.start import Start
 from kd.teacher_files import PretrainedTeacher
 
@@ -40,12 +41,27 @@ def find_tokenizer(
         DataError: if it cannot be loaded.
     """
     source = _find(config, data, teacher, start)
-    if start is not None and start.tokenizer.fingerprint != source.fingerprint:
+    if start is not None and (difference := _difference(start.tokenizer, source)) is not None:
         raise ConfigError(
             f"init_from={config.init_from} was trained with another tokenizer, so its embeddings mean other tokens: "
-            "use the same data.tokenizer, or data.tokenizer=init_from."
+            f"{difference}use the same data.tokenizer, or data.tokenizer=init_from."
         )
     return source
+
+
+def _difference(theirs: TokenizerSource, ours: TokenizerSource) -> str | None:
+    """What tells two tokenizers apart, as far as is known; None if nothing. One can have several fingerprints: of a
+    directory's files, of a Hub's commit, or of what was loaded.
+    """
+    if theirs.fingerprint == ours.fingerprint:
+        return None
+    if theirs.location is None or ours.location is None:  # a BPE that is still to be trained, of other text or size
+        return ""
+    try:
+        difference = vocabulary_difference(theirs.load(), ours.load())
+    except DataError as error:
+        return f"{error} So "
+    return None if difference is None else f"{difference} So "
 
 
 def _find(
@@ -63,19 +79,17 @@ def _find(
         assert start is not None
         source = start.tokenizer
     else:
-        source = TokenizerSource(tokenizer_object_fingerprint(load_tokenizer(name)), name)
+        source = TokenizerSource(tokenizer_object_fingerprint(load_tokenizer(name)), lasting_location(name))
     if teacher is not None:
         _check_same_vocabulary(source.load(), teacher, name)
     return source
 
 
 def _teacher_tokenizer(teacher: PretrainedTeacher) -> TokenizerSource:
-    if Path(teacher.model_id).is_dir():
+    fingerprint = teacher.commit
+    if fingerprint is None:
         fingerprint = directory_tokenizer_fingerprint(Path(teacher.model_id), teacher.gguf_file)
-    else:
-        assert teacher.revision is not None
-        fingerprint = teacher.revision
-    return TokenizerSource(fingerprint, teacher.model_id, teacher.revision, teacher.gguf_file)
+    return TokenizerSource(fingerprint, lasting_location(teacher.model_id), teacher.revision, teacher.gguf_file)
 
 
 def _check_bpe_teacher(teacher: PretrainedTeacher | None) -> None:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd.cache import cached_directory
 from kd.data.corpora import TRAIN, Corpus
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 _BPE_FORMAT = 1
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,7 +30,14 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer.model",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
 )
+_VERSIONED_FILES = "tokenizer.*.json"
+"""Of those, older and newer versions of the library read different ones."""
+_RULES = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+"""What of a tokenizer.json decides how text is cut. A post-processor only adds special tokens, which are never asked
+for here, and a decoder only joins tokens."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ def load_tokenizer(
     except Interrupted:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception on a broken file
-        way_out = _fetch_hint(path_or_id, revision) if offline else "Give a directory or Hub id that holds one."
+        way_out = _way_to(path_or_id, revision, offline=offline)
         raise DataError(f"The tokenizer of {path_or_id} cannot be loaded: {one_line(error)} {way_out}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
@@ -138,12 +147,25 @@ def load_tokenizer(
     return tokenizer
 
 
-def _fetch_hint(model_id: str, revision: str | None) -> str:
-    command = f"hf download {model_id}" + (f" --revision {revision}" if revision else "")
+def _way_to(path_or_id: str, revision: str | None, *, offline: bool) -> str:
+    """What to do about a tokenizer that cannot be loaded."""
+    give = "Give a directory or Hub id that holds one."
+    if Path(path_or_id).is_dir():
+        return give
+    place = f"a relative path counts from the working directory, {Path.cwd()}"
+    if not offline or not _HUB_ID.fullmatch(path_or_id):
+        return f"{path_or_id} is no directory ({place}). {give}"
+    command = f"hf download {path_or_id}" + (f" --revision {revision}" if revision else "")
     return (
-        f"{model_id} is no local directory and not in the local cache, and the Hugging Face Hub is out of reach (no "
-        f"network, or HF_HUB_OFFLINE is set). Fetch it where there is a network, with the same HF_HOME: {command}"
+        f"{path_or_id} is no local directory ({place}) and not in the local cache, and the Hugging Face Hub is out of "
+        f"reach (no network, or HF_HUB_OFFLINE is set). If it is a Hub id, fetch it where there is a network, with the "
+        f"same HF_HOME: {command}"
     )
+
+
+def lasting_location(path_or_id: str) -> str:
+    """Return a directory's absolute path, which means the same from every working directory; a Hub id as it is."""
+    return str(Path(path_or_id).absolute()) if Path(path_or_id).is_dir() else path_or_id
 
 
 def end_of_text_id(tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -172,7 +194,7 @@ def directory_tokenizer_fingerprint(path: Path, gguf_file: str | None = None) ->
     Raises:
         DataError: if there are none.
     """
-    names = _TOKENIZER_FILES if gguf_file is None else (gguf_file,)
+    names = (gguf_file,) if gguf_file else (*_TOKENIZER_FILES, *(file.name for file in path.glob(_VERSIONED_FILES)))
     digests = {name: file_digest(path / name) for name in names if (path / name).is_file()}
     if not digests:
         raise DataError(f"{path} holds no tokenizer: none of {', '.join(names)} is there. Give another directory.")
@@ -188,8 +210,14 @@ def tokenizer_object_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def chat_template_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return the SHA-256 (hex) of what renders a loaded tokenizer's chats: its templates, and the tokens they name."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest_of({"template": tokenizer.chat_template, "special_tokens": special})
+
+
 def vocabulary_difference(a: "PreTrainedTokenizerFast", b: "PreTrainedTokenizerFast") -> str | None:
-    """Return None if two tokenizers map every id to the same token, else one sentence on the first difference."""
+    """Return None if two tokenizers make the same ids of every text, else one sentence on the first difference."""
     tokens_a = {token_id: token for token, token_id in a.get_vocab().items()}
     tokens_b = {token_id: token for token, token_id in b.get_vocab().items()}
     if len(tokens_a) != len(tokens_b):
@@ -198,4 +226,27 @@ def vocabulary_difference(a: "PreTrainedTokenizerFast", b: "PreTrainedTokenizerF
         token_a, token_b = tokens_a.get(token_id), tokens_b.get(token_id)
         if token_a != token_b:
             return f"Both vocabularies have {len(tokens_a)} tokens, but id {token_id} is {token_a!r} and {token_b!r}."
-    return None
+    rules_a, rules_b = _rules(a), _rules(b)
+    different = next((name for name in rules_a if rules_a[name] != rules_b[name]), None)
+    if different is None:
+        return None
+    return f"Both vocabularies are the same, but text is cut in another way: they differ in their {different}."
+
+
+def _rules(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """What decides how text is cut, by name, with the model in its parts; what says nothing is left out."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {name: _without_idle(content[name]) for name in _RULES}
+    model = rules.pop("model")
+    vocab = model.pop("vocab")
+    scores = vocab if isinstance(vocab, list) else None  # of a unigram model; else it is the ids alone
+    return rules | {"merges": model.pop("merges", None), "scores": scores, "model": model}
+
+
+def _without_idle(value: Any) -> Any:
+    """Leave out options that are off, which can be written in several ways, and one that moves offsets alone."""
+    if isinstance(value, list):
+        return [_without_idle(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_idle(item) for key, item in value.items() if item and key != "trim_offsets"}

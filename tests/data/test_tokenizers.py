@@ -5,8 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from kd.data import (
     bpe_fingerprint,
     bpe_tokenizer_directory,
+    chat_template_fingerprint,
     directory_tokenizer_fingerprint,
     end_of_text_id,
     load_tokenizer,
@@ -105,6 +107,116 @@ def test_vocabularies_are_compared_id_by_id(bpe: "PreTrainedTokenizerFast", save
     difference = vocabulary_difference(bpe, load_tokenizer(str(saved)))
     assert difference is not None
     assert f"id 40 is {by_id[40]!r} and {by_id[41]!r}" in difference
+
+
+def merges_swapped(content: dict[str, Any]) -> None:
+    merges = content["model"]["merges"]
+    merges[3], merges[4] = merges[4], merges[3]
+
+
+def with_normalizer(content: dict[str, Any]) -> None:
+    content["normalizer"] = {"type": "NFKC"}
+
+
+def with_prefix_space(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def with_ignored_merges(content: dict[str, Any]) -> None:
+    content["model"]["ignore_merges"] = True
+
+
+def with_single_word(content: dict[str, Any]) -> None:
+    content["added_tokens"][0]["single_word"] = True
+
+
+def with_beginning(content: dict[str, Any]) -> None:
+    token = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    special = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    pair = [*[token, text], {"Sequence": {"id": "B", "type_id": 1}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, text],
+        "pair": pair,
+        "special_tokens": special,
+    }
+
+
+def with_other_offsets(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["trim_offsets"] = not content["pre_tokenizer"]["trim_offsets"]
+
+
+def with_empty_prefix(content: dict[str, Any]) -> None:
+    content["model"]["continuing_subword_prefix"] = ""
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (merges_swapped, "merges"),
+        (with_normalizer, "normalizer"),
+        (with_prefix_space, "pre_tokenizer"),
+        (with_ignored_merges, "model"),
+        (with_single_word, "added_tokens"),
+        (with_beginning, None),
+        (with_other_offsets, None),
+        (with_empty_prefix, None),
+    ],
+)
+def test_what_cuts_text_in_another_way_is_a_difference(
+    bpe: "PreTrainedTokenizerFast", saved: Path, change: Callable[[dict[str, Any]], None], part: str | None
+) -> None:
+    path = saved / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    difference = vocabulary_difference(bpe, load_tokenizer(str(saved)))
+    assert (difference is None) == (part is None)
+    assert part is None or f"they differ in their {part}." in str(difference)
+
+
+def test_scores_of_a_unigram_model_decide_how_text_is_cut() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    first, second = (
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", -1.0), ("aa", score)], None, False)))
+        for score in (-1.5, -3.0)
+    )
+    assert first.encode("aaaa") != second.encode("aaaa")
+    assert "their scores" in str(vocabulary_difference(first, second))
+    assert vocabulary_difference(first, first) is None
+
+
+def test_templates_and_the_tokens_that_they_name_identify_what_renders_chats(saved: Path) -> None:
+    prints = [chat_template_fingerprint(load_tokenizer(str(saved)))]
+    (saved / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
+    prints.append(chat_template_fingerprint(load_tokenizer(str(saved))))
+    (saved / "additional_chat_templates").mkdir()
+    (saved / "additional_chat_templates" / "tools.jinja").write_text("another")
+    prints.append(chat_template_fingerprint(load_tokenizer(str(saved))))
+    config = json.loads((saved / "tokenizer_config.json").read_text())
+    (saved / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}))
+    prints.append(chat_template_fingerprint(load_tokenizer(str(saved))))
+    assert len(set(prints)) == 4
+    assert chat_template_fingerprint(load_tokenizer(str(saved))) == prints[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("folder/bpe", "hf download folder/bpe"),
+        ("./folder/bpe", "./folder/bpe is no directory"),
+        ("some/folder/bpe", "some/folder/bpe is no directory"),
+    ],
+)
+def test_a_relative_path_is_said_to_count_from_the_working_directory(tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(DataError, match="a relative path counts from the working directory") as caught:
+        load_tokenizer(name)
+    assert words in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert ("hf download" in str(caught.value)) == ("hf download" in words)
 
 
 @pytest.mark.parametrize("content", [None, "{not json", '{"version": "1.0"}'])
