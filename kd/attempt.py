@@ -14,14 +14,15 @@ from kd.checkpoint_files import latest_checkpoint
 from kd.config import Config, GRPOConfig, IntegerConfig, TrainingConfig
 from kd.data import EncodedPrompts, PackedBlocks
 from kd.distributed import first_of_node_first, process_group, told_by_first
-from kd.files import remove_leftovers
+from kd.errors import DataError
+from kd.files import read_json, remove_leftovers
 from kd.generation import TextGenerator
 from kd.model import StudentModel
 from kd.plan import Plan
 from kd.prepare import Loader, Parts, build_parts
 from kd.products import turn_into_integers, write_products
 from kd.rewards import REWARDS
-from kd.runs import Run, describe_environment
+from kd.runs import ENVIRONMENT, Run, describe_environment
 from kd.samples import write_samples
 from kd.stop import StopSignal
 from kd.torchrun import is_first
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("kd")
 
 AnyTrainer = BaseTrainer[Any]
+_SAME_RECIPE = (
+    "the same recipe gives another one on another machine or with another version of a library. Set KD_CACHE to the "
+    "folder with the one that was used first"
+)
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
@@ -86,6 +91,9 @@ def _attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> d
 
 def _begin(plan: Plan, run: Run, files: dict[str, str], parts: Parts) -> dict[str, Any] | None:
     """Make the run's directory ready; return the result if another process finished it while the parts were built."""
+    contents = {"tokenizer": parts.tokenizer.content_fingerprint, "teacher": parts.teacher_content}
+    if told_by_first(contents) != contents:
+        raise DataError(f"The processes of this run have different tokenizers or teachers: {_SAME_RECIPE}.")
     result = None
     if is_first():
         if plan.config.overwrite:
@@ -93,10 +101,23 @@ def _begin(plan: Plan, run: Run, files: dict[str, str], parts: Parts) -> dict[st
         else:
             result = run.result()
         if result is None:
-            inputs = asdict(parts.tokenizer)
-            run.write_configuration(files, describe_environment(plan.identity, tokenizer=inputs))
+            _refuse_others(run, plan.config, contents)
+            inputs = {"tokenizer": asdict(parts.tokenizer), "contents": contents}
+            run.write_configuration(files, describe_environment(plan.identity, **inputs))
     told: dict[str, Any] | None = told_by_first(result)
     return told
+
+
+def _refuse_others(run: Run, config: Config, contents: dict[str, str | None]) -> None:
+    """Refuse to go on with another tokenizer or teacher than the attempt had that left checkpoints."""
+    if not any((run.directory / config.train.checkpoint_dir).glob("checkpoint-*")):
+        return
+    before = read_json(run.directory / ENVIRONMENT)["inputs"].get("contents", contents)
+    if different := [name for name in contents if before.get(name) != contents[name]]:
+        raise DataError(
+            f"{run.directory} was begun with another {' and '.join(different)} than this cache holds: {_SAME_RECIPE}. "
+            "Set overwrite=true to do the run again."
+        )
 
 
 def make_trainer(plan: Plan, parts: Parts, run_dir: Path) -> AnyTrainer:

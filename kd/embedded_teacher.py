@@ -14,7 +14,7 @@ from kd.checkpoint_files import MODEL_FILE, latest_checkpoint
 from kd.config import EmbeddedTeacherConfig
 from kd.data import PackedBlocks, eval_loader, train_loader
 from kd.distributed import alone, seed_everything
-from kd.files import write_text
+from kd.files import digest_of, file_digest, write_text
 from kd.model import StudentModel
 from kd.stop import StopSignal
 from kd.teacher import LiveTeacher
@@ -26,12 +26,30 @@ log = logging.getLogger("kd")
 def load_embedded_teacher(
     config: EmbeddedTeacherConfig, fingerprint: str, blocks: Path, device: torch.device, stop: StopSignal
 ) -> LiveTeacher:
-    """Open the cached teacher, training it first if there is none. An interrupted training goes on.
+    """Return the cached teacher, training it first if there is none; arguments as of `embedded_teacher_directory`."""
+    directory = embedded_teacher_directory(config, fingerprint, blocks, device, stop)
+    model = StudentModel(config.model)
+    load_model_file(directory / MODEL_FILE, model)
+    return LiveTeacher(model, device)
+
+
+def embedded_teacher_content(config: EmbeddedTeacherConfig, directory: Path) -> str:
+    """Return the SHA-256 (hex) of the teacher in a directory: of its weights, which a recipe does not determine.
+
+    The same recipe gives other weights on another CPU, with another version of torch or another number of threads.
+    """
+    return digest_of({"model": asdict(config.model), "weights": file_digest(directory / MODEL_FILE)})
+
+
+def embedded_teacher_directory(
+    config: EmbeddedTeacherConfig, fingerprint: str, blocks: Path, device: torch.device, stop: StopSignal
+) -> Path:
+    """Return the cached teacher's directory, training it first if there is none. An interrupted training goes on.
 
     Args:
         config: Architecture and training.
-        fingerprint: Its key in the cache.
-        blocks: The packed blocks' directory.
+        fingerprint: Its recipe's.
+        blocks: The packed blocks' directory, whose name is a hash of their content.
         device: Where it is trained and runs.
         stop: Asked between steps whether to stop.
     """
@@ -40,10 +58,8 @@ def load_embedded_teacher(
         with alone():  # other processes wait for the cache
             _train(config, blocks, device, stop, work)
 
-    directory = cached_directory("teachers", fingerprint[:32], build, "the embedded teacher")
-    model = StudentModel(config.model)
-    load_model_file(directory / MODEL_FILE, model)
-    return LiveTeacher(model, device)
+    key = digest_of({"recipe": fingerprint, "blocks": blocks.name})[:32]
+    return cached_directory("teachers", key, build, "the embedded teacher")
 
 
 def _train(config: EmbeddedTeacherConfig, blocks: Path, device: torch.device, stop: StopSignal, work: Path) -> None:

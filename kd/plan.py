@@ -77,10 +77,9 @@ def make_plan(config: Config) -> Plan:
     tokenizer = find_tokenizer(config, data, teacher, start)
     fingerprints = Fingerprints(
         corpus=data.fingerprint,
-        tokenizer=tokenizer.fingerprint,
+        tokenizer=_tokenizer_fingerprint(config, data, tokenizer),
         teacher=_teacher_fingerprint(config, teacher, data.fingerprint, tokenizer.fingerprint),
         init_from=None if start is None else file_digest(start.checkpoint / MODEL_FILE),
-        chat_template=_chat_template(config, data, tokenizer),
     )
     identity = run_identity(config, fingerprints, num_processes())
     return Plan(config, data, tokenizer, teacher, fingerprints, start, identity)
@@ -178,13 +177,13 @@ def _example_set(data: ExampleConfig, config: Config) -> ExampleSet[Example]:
     return prompt_set(data) if isinstance(config.train, GRPOConfig) else preference_set(data)
 
 
-def _chat_template(config: Config, data: Corpus | ExampleSet[Example], tokenizer: TokenizerSource) -> str | None:
-    """The fingerprint of what renders chats, if there are any. Only files can hold some, and those are read already."""
+def _tokenizer_fingerprint(config: Config, data: Corpus | ExampleSet[Example], tokenizer: TokenizerSource) -> str:
+    """The tokenizer's fingerprint; with that of what renders chats where there are any, which only files can hold."""
     if isinstance(data, Corpus) or not isinstance(config.data, ExampleFilesConfig):
-        return None
+        return tokenizer.fingerprint
     if not any(isinstance(example, ChatExample) for part in data.parts.values() for example in part):
-        return None
-    return chat_template_fingerprint(tokenizer.load())
+        return tokenizer.fingerprint
+    return digest_of({"tokenizer": tokenizer.fingerprint, "chats": chat_template_fingerprint(tokenizer.load())})
 
 
 def _check_blocks_fit(corpus: Corpus, seq_len: int) -> None:

@@ -16,6 +16,7 @@ from kd.data import (
     PackedBlocks,
     PositionedLoader,
     TokenizerSource,
+    bpe_content,
     bpe_tokenizer_directory,
     build_blocks,
     eval_loader,
@@ -31,7 +32,7 @@ from kd.prepare_examples import open_example_loaders
 from kd.quantization import fake_quantize
 from kd.stop import StopSignal
 from kd.teacher import Teacher
-from kd.teacher_choice import open_teacher
+from kd.teacher_choice import open_teacher, teacher_content
 from kd.trainers.machine import require_compiler
 
 Loader = BlockLoader | PositionedLoader[EncodedExamples]
@@ -44,6 +45,8 @@ class Parts:
     device: torch.device
     student: StudentModel
     teacher: Teacher | None
+    teacher_content: str | None
+    """What identifies the teacher's weights."""
     tokenizer: TokenizerSource
     """With its location filled in. It is loaded when text is at hand: blocks that are packed already need none."""
     train_loader: Loader
@@ -65,14 +68,15 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
         tokenizer = plan.tokenizer.load()
         _check_vocabulary_fits(config, num_token_ids(tokenizer))
         examples = open_example_loaders(config, plan.data, tokenizer)
-        return Parts(device, _new_student(plan), None, plan.tokenizer, *examples)
+        return Parts(device, _new_student(plan), None, None, plan.tokenizer, *examples)
     with all_or_nothing():
         source = _place_tokenizer(plan, plan.data)
         blocks = _place_blocks(config, plan.data, source)
         loaders = _open_loaders(config, blocks)
     _check_vocabulary_fits(config, loaders[0].dataset.vocab_size)
-    teacher = open_teacher(plan, blocks, loaders[0], loaders[1], device, stop)
-    return Parts(device, _new_student(plan), teacher, source, *loaders)
+    content = teacher_content(plan, blocks, device, stop)
+    teacher = open_teacher(plan, content, blocks, loaders[0], loaders[1], device, stop)
+    return Parts(device, _new_student(plan), teacher, content, source, *loaders)
 
 
 def _new_student(plan: Plan) -> StudentModel:
@@ -94,18 +98,24 @@ def _place_tokenizer(plan: Plan, corpus: Corpus) -> TokenizerSource:
     if plan.tokenizer.location is not None:
         return plan.tokenizer
     directory = bpe_tokenizer_directory(corpus, plan.config.model.vocab_size)
-    return TokenizerSource(plan.tokenizer.fingerprint, str(directory))
+    source = TokenizerSource(plan.tokenizer.fingerprint, str(directory), content=bpe_content(directory))
+    if plan.start is not None and plan.start.tokenizer.content not in (None, source.content):
+        raise ConfigError(
+            f"init_from={plan.config.init_from} was trained with another BPE than the one in {directory}, which the "
+            "same recipe gave: another version of the library cuts text in another way. Set data.tokenizer=init_from."
+        )
+    return source
 
 
 def _place_blocks(config: Config, corpus: Corpus, source: TokenizerSource) -> Path:
     """The packed blocks' directory. Loading a tokenizer takes longer than all else in a start with a warm cache."""
     assert isinstance(config.data, CorpusConfig)
-    blocks = find_blocks(corpus, source.fingerprint, config.data.seq_len)
+    blocks = find_blocks(corpus, source.content_fingerprint, config.data.seq_len)
     if blocks is not None:
         return blocks
     tokenizer = source.load()
     _check_vocabulary_fits(config, num_token_ids(tokenizer))
-    return build_blocks(corpus, tokenizer, source.fingerprint, config.data.seq_len)
+    return build_blocks(corpus, tokenizer, source.content_fingerprint, config.data.seq_len)
 
 
 def _check_vocabulary_fits(config: Config, size: int) -> None:

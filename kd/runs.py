@@ -68,8 +68,6 @@ class Fingerprints:
     tokenizer: str
     teacher: str | None
     init_from: str | None = None
-    chat_template: str | None = None
-    """What renders chats; None where there are none in the data."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +122,7 @@ def run_identity(config: Config, fingerprints: Fingerprints, num_processes: int 
         "init_from": fingerprints.init_from,
     }
     # Only where there is any, so that runs from before there was such a thing are still known.
-    later = {
-        "adapter": asdict(config.adapter),
-        "quantization": asdict(config.quantization),
-        "chat_template": fingerprints.chat_template,
-    }
+    later = {"adapter": asdict(config.adapter), "quantization": asdict(config.quantization)}
     content |= {name: values for name, values in later.items() if values}
     return RunIdentity(config.name, f"{settings}-seed{config.seed}", content)
 

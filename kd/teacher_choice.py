@@ -7,7 +7,7 @@ import torch
 
 from kd.config import Config, EmbeddedTeacherConfig, PresentTeacherConfig, TrainingConfig
 from kd.data import BlockLoader
-from kd.embedded_teacher import load_embedded_teacher
+from kd.embedded_teacher import embedded_teacher_content, embedded_teacher_directory, load_embedded_teacher
 from kd.plan import Plan
 from kd.stop import StopSignal
 from kd.teacher import LiveTeacher, Teacher, check_teacher, choose_dtype, load_pretrained
@@ -18,8 +18,21 @@ from kd.torchrun import num_processes
 log = logging.getLogger("kd")
 
 
+def teacher_content(plan: Plan, blocks: Path, device: torch.device, stop: StopSignal) -> str | None:
+    """Return what identifies the weights of a run's teacher; None where there is none.
+
+    The plan knows a pretrained one by content, the embedded one by its recipe alone: that is trained here if need be.
+    Arguments and errors as for `open_teacher`.
+    """
+    config, fingerprint = plan.config.teacher, plan.fingerprints.teacher
+    if fingerprint is None or not isinstance(config, EmbeddedTeacherConfig):
+        return fingerprint
+    return embedded_teacher_content(config, embedded_teacher_directory(config, fingerprint, blocks, device, stop))
+
+
 def open_teacher(
     plan: Plan,
+    content: str | None,
     blocks: Path,
     train_loader: BlockLoader,
     val_loader: BlockLoader,
@@ -30,6 +43,7 @@ def open_teacher(
 
     Args:
         plan: The run.
+        content: From `teacher_content`.
         blocks: Directory of the packed blocks.
         train_loader: The training blocks.
         val_loader: The validation blocks.
@@ -40,10 +54,10 @@ def open_teacher(
         KDError: of the kind that fits.
     """
     config = plan.config
-    if plan.fingerprints.teacher is None:
+    if content is None:
         return None
     assert isinstance(config.teacher, PresentTeacherConfig)
-    key = TeacherCacheKey(plan.fingerprints.teacher, _dtype(plan, device))
+    key = TeacherCacheKey(content, _dtype(plan, device))
     parts = [val_loader.dataset]
     if _distils(config):
         parts.append(train_loader.dataset)

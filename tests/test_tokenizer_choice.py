@@ -152,9 +152,9 @@ def test_a_template_is_a_part_of_a_run_where_it_renders_something(
         data=ExampleFilesConfig(path="rows.jsonl", tokenizer="./teacher"),
         teacher=HubTeacherConfig(model_id="teacher"),
     )
-    identities = []
+    plans = []
     for template in ("{{ messages[0]['content'] }}", "User: {{ messages[0]['content'] }}"):
         (folder / "chat_template.jinja").write_text(template)
-        identities.append(make_plan(config).identity)
-    assert (identities[0] != identities[1]) == matters
-    assert ("chat_template" in identities[0].content) == matters
+        plans.append(make_plan(config))
+    assert (plans[0].identity != plans[1].identity) == matters
+    assert plans[0].tokenizer == plans[1].tokenizer

@@ -56,7 +56,7 @@ from kd.analysis import compare, load_runs, verdict
 from kd.analysis.tables import settings_table
 from kd.composition import CONFIG_NAME, conf_dir, register_schemas, to_config
 from kd.config import ModelConfig, TrainingConfig
-from kd.data import PackedBlocks, bpe_fingerprint, build_blocks, read_corpus, train_bpe
+from kd.data import PackedBlocks, bpe_content, bpe_tokenizer_directory, build_blocks, read_corpus, train_bpe
 from kd.embedded_teacher import load_embedded_teacher
 from kd.generation import GenerationConfig, TextGenerator
 from kd.losses import causal_lm_loss, distillation_loss
@@ -198,7 +198,8 @@ plt.show()
 # 下一个是哪个？标签就是向后移一位的输入；之后的任何损失都不再移位。
 
 # %%
-blocks = build_blocks(corpus, tokenizer, bpe_fingerprint(corpus, config.model.vocab_size), config.data.seq_len)
+content = bpe_content(bpe_tokenizer_directory(corpus, config.model.vocab_size))
+blocks = build_blocks(corpus, tokenizer, content, config.data.seq_len)
 training, held_out = (PackedBlocks(blocks, part) for part in ("train", "validation"))
 print(f"{len(training):,} blocks to train on, {len(held_out):,} to validate, {training.seq_len} targets each")
 first = held_out[0]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kd.data.loaders import BlockLoader, PositionedLoader, eval_loader, train_loader
     from kd.data.tokenizers import (
         TokenizerSource,
+        bpe_content,
         bpe_fingerprint,
         bpe_tokenizer_directory,
         chat_template_fingerprint,
@@ -74,6 +75,7 @@ _MODULES = {
     "answer_set": "example_sets",
     "arithmetic_answers": "embedded.arithmetic",
     "arithmetic_prompts": "embedded.arithmetic",
+    "bpe_content": "tokenizers",
     "bpe_fingerprint": "tokenizers",
     "bpe_tokenizer_directory": "tokenizers",
     "chat_template_fingerprint": "tokenizers",
@@ -128,6 +130,7 @@ __all__ = [
     "answer_set",
     "arithmetic_answers",
     "arithmetic_prompts",
+    "bpe_content",
     "bpe_fingerprint",
     "bpe_tokenizer_directory",
     "chat_template_fingerprint",

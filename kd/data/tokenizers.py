@@ -49,14 +49,28 @@ class TokenizerSource:
     """Directory or Hub id."""
     revision: str | None = None
     gguf_file: str | None = None
+    content: str | None = None
+    """Digest of a BPE that was trained here; its fingerprint is the recipe, which another library can follow to other
+    tokens. None for others, whose fingerprint is their content."""
+
+    @property
+    def content_fingerprint(self) -> str:
+        """What identifies the tokens themselves."""
+        return self.fingerprint if self.content is None else self.content
 
     def load(self) -> "PreTrainedTokenizerFast":
         """Load the tokenizer; it must have a location.
 
         Raises:
-            DataError: if it is not there or cannot be read.
+            DataError: if it is not there, cannot be read, or is another BPE than was used.
         """
         assert self.location is not None
+        path = Path(self.location)
+        if self.content is not None and path.is_dir() and bpe_content(path) != self.content:
+            raise DataError(
+                f"The BPE in {path} is another than the one that was used with these data: it was trained again since, "
+                "by another version of the library. Give back the folder as it was, or begin afresh."
+            )
         return load_tokenizer(self.location, self.revision, self.gguf_file)
 
 
@@ -107,6 +121,18 @@ def bpe_tokenizer_directory(corpus: Corpus, vocab_size: int) -> Path:
 
     description = f"the BPE of {vocab_size} tokens of {corpus.description}"
     return cached_directory("tokenizers", bpe_fingerprint(corpus, vocab_size), build, description)
+
+
+def bpe_content(directory: Path) -> str:
+    """Return the SHA-256 (hex) of a trained BPE, which its recipe alone does not determine.
+
+    Raises:
+        DataError: if the directory holds none.
+    """
+    try:
+        return file_digest(directory / _TOKENIZER_FILES[0])
+    except FileNotFoundError as error:
+        raise DataError(f"{directory} holds no {_TOKENIZER_FILES[0]}. Remove it to have it made again.") from error
 
 
 def load_tokenizer(
