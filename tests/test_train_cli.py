@@ -133,19 +133,29 @@ def test_alpha_zero_is_one_baseline_for_all_temperatures() -> None:
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("signum", "num_workers"),
+    [
+        (signal.SIGTERM, 2),
+        (signal.SIGKILL, 0),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+    ],
 )
-def test_a_run_stopped_half_way_ends_like_an_unstopped_one(signum: signal.Signals, tmp_path: Path) -> None:
+def test_a_run_stopped_half_way_ends_like_an_unstopped_one(
+    signum: signal.Signals, num_workers: int, tmp_path: Path
+) -> None:
+    """The signal reaches all its processes, those that load data among them."""
     longer = (*TINY, "train.max_steps=160", "train.num_epochs=40", "train.save_interval=4", "model.dropout=0.1")
     longer = (*longer, "train.log_interval=7", "train.eval_interval=25", "train.gradient_accumulation_steps=2")
     assert run(*longer, "name=whole").code == 0
-    process = start(*longer, "name=cut")
+    cut = (*longer, "name=cut", f"data.num_workers={num_workers}")
+    process = start(*cut)
     stop_at = wait_for_step(tmp_path / "outputs" / "cut", 12)
     os.killpg(process.pid, signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), errors
     assert not (stop_at / "result.json").exists()
-    outcome = run(*longer, "name=cut")
+    outcome = run(*cut)
     assert outcome.code == 0, outcome.errors
     assert "Continuing from" in outcome.output
     assert_same_run(only_run("whole"), only_run("cut"), 160)

@@ -48,14 +48,17 @@ STOPS = (1, 3, 5, 6, 7, 11, 12)
 """Among them: amid a log interval (1, 5), at an evaluation (3), at the end of an epoch (6) and of the run (12)."""
 
 
-def block_loaders(store: Path) -> tuple[BlockLoader, BlockLoader]:
-    return train_loader(PackedBlocks(store, "train"), 2, seed=3), eval_loader(PackedBlocks(store, "validation"), 2)
+def block_loaders(store: Path, num_workers: int = 0) -> tuple[BlockLoader, BlockLoader]:
+    train, validation = PackedBlocks(store, "train"), PackedBlocks(store, "validation")
+    return train_loader(train, 2, seed=3, num_workers=num_workers), eval_loader(validation, 2, num_workers)
 
 
-def block_trainer(make_trainer: MakeTrainer, store: Path, run_dir: Path, seed: int = 0) -> AnyTrainer:
+def block_trainer(
+    make_trainer: MakeTrainer, store: Path, run_dir: Path, seed: int = 0, num_workers: int = 0
+) -> AnyTrainer:
     """Return a trainer with dropout on packed blocks; weights and random numbers follow the seed."""
     model = make_student(seed, dropout=0.2, vocab_size=BYTES)
-    return make_trainer(model, *block_loaders(store), run_dir=run_dir, **SETTINGS)
+    return make_trainer(model, *block_loaders(store, num_workers), run_dir=run_dir, **SETTINGS)
 
 
 def list_trainer(make_trainer: MakeTrainer, run_dir: Path, seed: int = 0) -> AnyTrainer:
@@ -89,14 +92,15 @@ def interrupt(trainer: AnyTrainer, step: int) -> Path:
     return trainer.run_dir / "checkpoints" / f"checkpoint-{step}"
 
 
-@pytest.mark.parametrize("step", STOPS)
+@pytest.mark.parametrize(("step", "num_workers"), [*((step, 0) for step in STOPS), (1, 2), (7, 2)])
 def test_a_stopped_run_ends_with_the_same_bits(
-    make_trainer: MakeTrainer, store: Path, tmp_path: Path, step: int
+    make_trainer: MakeTrainer, store: Path, tmp_path: Path, step: int, num_workers: int
 ) -> None:
+    """With loading processes too; and they change nothing themselves."""
     unstopped = block_trainer(make_trainer, store, tmp_path / "a")
     unstopped.train()
-    checkpoint = interrupt(block_trainer(make_trainer, store, tmp_path / "b"), step)
-    resumed = block_trainer(make_trainer, store, tmp_path / "b", seed=999)
+    checkpoint = interrupt(block_trainer(make_trainer, store, tmp_path / "b", num_workers=num_workers), step)
+    resumed = block_trainer(make_trainer, store, tmp_path / "b", seed=999, num_workers=num_workers)
     resumed.load_checkpoint(checkpoint)
     assert resumed.step == step
     resumed.train()
