@@ -87,9 +87,14 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         if self.teacher is None:  # a loaded checkpoint has brought another alpha
             raise ValueError(f"train.alpha={alpha} needs a teacher_model, and None was given")
         if self.linear_loss is None:
-            return Logits(logits_of(self.module(batch["input_ids"])), self.teacher.logits(batch))
+            return Logits(logits_of(self.module(batch["input_ids"])), self._teacher_logits(batch))
         states = self._teacher_states(batch)
         return Loss(*self.module(batch["input_ids"], batch["labels"], states, alpha, self.config.temperature))
+
+    def _teacher_logits(self, batch: Batch) -> Tensor:
+        assert self.teacher is not None
+        with torch.autocast(self.device.type, enabled=False):  # its precision is its own concern
+            return self.teacher.logits(batch)
 
     def _teacher_states(self, batch: Batch) -> TeacherStates:
         assert self.teacher is not None

@@ -53,7 +53,10 @@ class EvaluatingTrainer(TrainerState[C], ABC):
     def score(
         self, loader: Iterable[Batch] | None = None, max_blocks: int | None = None, *, with_teacher: bool = True
     ) -> Scores:
-        """Return the scores, per block or example, behind `evaluate`; `with_teacher=False` spares its forward pass."""
+        """Return the scores, per block or example, behind `evaluate`; `with_teacher=False` spares its forward pass.
+
+        Whatever `precision` trains, scores are computed in the weights' own dtype, float32: so that they compare.
+        """
         loader = self.val_loader if loader is None else loader
         if loader is None:
             raise ValueError(f"{type(self).__name__}.evaluate() needs a val_loader, and none was given")
@@ -67,7 +70,7 @@ class EvaluatingTrainer(TrainerState[C], ABC):
             seen = 0
             for dealt in deal(loader):
                 self._raise_if_stopped()
-                with self.precision.autocast():
+                with torch.autocast(self.device.type, enabled=False):
                     part = self._score_batch(self._prepare_for_scoring(dealt.batch), with_teacher)
                 # A batch of each process at a time, by rank: the order of the loader.
                 new = [found for found in gather_objects(part if dealt.counts else None) if found is not None]
