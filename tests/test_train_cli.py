@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import kd.generate
 from kd.errors import ConfigError, DataError, KDError
 from kd.files import check_directory
-from tests.commands import REPOSITORY, TINY, Outcome, only_run, run, run_and_list, start, strict_json
+from tests.commands import REPOSITORY, TINY, Outcome, environment, only_run, run, run_and_list, start, strict_json
 
 SERIES = ("train_loss", "kl_loss", "ce_loss", "learning_rate", "grad_norm")
 VAL_SERIES = ("val_loss", "val_ppl", "val_kl", "val_agreement", "val_bits_per_byte")
@@ -159,6 +159,52 @@ def test_a_run_stopped_half_way_ends_like_an_unstopped_one(
     assert outcome.code == 0, outcome.errors
     assert "Continuing from" in outcome.output
     assert_same_run(only_run("whole"), only_run("cut"), 160)
+
+
+STOPPED_LATE = """
+import os, signal, sys
+from kd.trainers import BaseTrainer
+
+def then_stop(name, number):
+    method, calls = getattr(BaseTrainer, name), []
+    def stopped(self, *args, **settings):
+        result = method(self, *args, **settings)
+        calls.append(0)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+    setattr(BaseTrainer, name, stopped)
+
+then_stop(sys.argv.pop(1), int(sys.argv.pop(1)))
+from kd.train import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("method", "call", "files"),
+    [
+        ("save_checkpoint", 2, ["checkpoint-6"]),
+        ("_prepare_for_scoring", 11, ["checkpoint-6", "val_blocks.npy"]),
+        ("record_part", 1, ["checkpoint-6", "val_blocks.npy", "test_blocks.npy"]),
+    ],
+)
+def test_a_stop_after_the_last_step_is_an_interruption_too(
+    method: str, call: int, files: list[str], finished: Path
+) -> None:
+    """In the final save, while the test part is scored, and after its score was written."""
+    command = [sys.executable, "-c", STOPPED_LATE, method, str(call), *TINY, "name=cut"]
+    stopped = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not (only_run("cut") / "result.json").exists()
+    left = {path.name for path in [*only_run("cut").iterdir(), *only_run("cut").glob("checkpoints/*")]}
+    assert left & {"checkpoint-6", "val_blocks.npy", "test_blocks.npy"} == set(files)
+    outcome = run(*TINY, "name=cut")
+    assert outcome.code == 0, outcome.errors
+    assert_same_run(finished, only_run("cut"), 6)
 
 
 def wait_for_step(experiment: Path, step: int) -> Path:

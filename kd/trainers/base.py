@@ -101,6 +101,7 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
             except StopRequest:
                 self._save_and_stop()
         self.state = "completed"
+        self.raise_if_stopped()  # asked during the final save
         empty: dict[str, list[float | int | None]] = {"train_loss": [], "val_loss": [], "val_ppl": []}
         return {**empty, **self.history.train, **self.history.validation}
 
@@ -157,7 +158,7 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         self._evaluate_if_due()
         if self.step // self.config.save_interval > first // self.config.save_interval and self.step < self.total_steps:
             self._save()
-        self._raise_if_stopped()
+        self.raise_if_stopped()
 
     def _record_terms(self, terms: Terms, count: Tensor) -> None:
         if count.ndim == 0:

@@ -9,7 +9,9 @@ import torch
 
 from kd.data import BlockLoader
 from kd.distributed import gather_objects, largest_of_all
+from kd.errors import Interrupted
 from kd.runs import Number
+from kd.stop import STOPPED
 from kd.trainers.dealing import check_dealing, deal
 from kd.trainers.evaluation import BlockScores, Scores
 from kd.trainers.state import Batch, C, TrainerState
@@ -17,8 +19,8 @@ from kd.trainers.state import Batch, C, TrainerState
 log = logging.getLogger("kd")
 
 
-class StopRequest(Exception):  # noqa: N818 - not an error
-    """Leaves the loop at the next point where the state is whole."""
+class StopRequest(Interrupted):
+    """Leaves the loop at the next point where the state is whole; outside of a loop, whatever there is."""
 
 
 class EvaluatingTrainer(TrainerState[C], ABC):
@@ -69,7 +71,7 @@ class EvaluatingTrainer(TrainerState[C], ABC):
             parts: list[Scores] = []
             seen = 0
             for dealt in deal(loader):
-                self._raise_if_stopped()
+                self.raise_if_stopped()
                 with torch.autocast(self.device.type, enabled=False):
                     part = self._score_batch(self._prepare_for_scoring(dealt.batch), with_teacher)
                 # A batch of each process at a time, by rank: the order of the loader.
@@ -152,11 +154,15 @@ class EvaluatingTrainer(TrainerState[C], ABC):
         assert loss is not None
         return loss / math.log(2) * self.val_loader.dataset.tokens_per_byte
 
-    def _raise_if_stopped(self) -> None:
-        """Leave if a process was asked to stop; all leave at the same point, since all ask each other."""
+    def raise_if_stopped(self) -> None:
+        """Leave if a process was asked to stop; all leave at the same point, since all ask each other.
+
+        Raises:
+            Interrupted: if so.
+        """
         if signum := largest_of_all(self.stop.signum or 0):
             self.stop.signum = signum
-            raise StopRequest
+            raise StopRequest(STOPPED, signum)
 
 
 def _describe(row: dict[str, Number]) -> str:

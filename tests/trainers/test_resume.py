@@ -298,22 +298,67 @@ def test_a_real_signal_ends_training_with_a_checkpoint(tmp_path: Path, number: i
     assert signal.getsignal(number) is before
 
 
-def test_a_second_request_does_not_wait() -> None:
+def test_a_second_request_of_a_person_does_not_wait_and_says_what_is_lost() -> None:
     stop = StopSignal()
     with stop.listening():
         stop.request(signal.SIGTERM)
-        with pytest.raises(Interrupted) as caught:
+        with pytest.raises(Interrupted, match="after the last checkpoint is lost") as caught:
             stop.request(signal.SIGINT)
     assert caught.value.exit_code == 130
+
+
+def test_a_signal_that_comes_again_lets_the_save_finish(tmp_path: Path) -> None:
+    """As torchrun and SLURM send it: to the whole group, and then each passes it on."""
+    trainer = pretrain(make_student(), make_batches(9), num_epochs=1, run_dir=tmp_path)
+    trainer.optimizer.register_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    save = trainer.save_checkpoint
+
+    def asked_again(path: str | Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(path)
+
+    trainer.save_checkpoint = asked_again  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="checkpoint saved") as caught, signals_to(trainer.stop.request):
+        trainer.train()
+    assert caught.value.exit_code == 143
+    assert checkpoints_in(tmp_path) == [1]
+
+
+def test_a_stop_during_the_final_save_ends_as_a_stop_and_the_rest_is_done_later(tmp_path: Path) -> None:
+    unstopped = list_trainer(pretrain, tmp_path / "a")
+    unstopped.train()
+    trainer = list_trainer(pretrain, tmp_path / "b")
+    save = trainer.save_checkpoint
+
+    def asked(path: str | Path) -> None:
+        save(path)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.save_checkpoint = asked  # type: ignore[method-assign]
+    with pytest.raises(Interrupted) as caught, signals_to(trainer.stop.request):
+        trainer.train()
+    assert caught.value.exit_code == 143
+    resumed = list_trainer(pretrain, tmp_path / "b", seed=9)
+    resumed.load_checkpoint(tmp_path / "b/checkpoints" / f"checkpoint-{TOTAL}")
+    resumed.train()
+    assert_same_end(resumed, unstopped)
+
+
+def test_a_stop_while_another_part_is_scored_is_an_interruption() -> None:
+    trainer = pretrain(make_student(), make_batches(2))
+    trainer.stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted, match="Stopped") as caught:
+        trainer.score(make_batches(3))
+    assert caught.value.exit_code == 143
 
 
 def test_a_request_after_that_of_another_process_is_the_first() -> None:
     stop = StopSignal()
     with stop.listening():
         stop.signum = signal.SIGTERM  # as all agreed
-        stop.request(signal.SIGTERM)  # while a checkpoint is saved
+        stop.request(signal.SIGINT)  # while a checkpoint is saved
         with pytest.raises(Interrupted):
-            stop.request(signal.SIGTERM)
+            stop.request(signal.SIGINT)
 
 
 def test_where_nothing_listens_a_request_ends_at_once() -> None:
