@@ -17,6 +17,7 @@ from kd.trainers.state import Batch
 
 from .helpers import (
     MakeTrainer,
+    checkpoints_in,
     distill,
     first_gradients,
     history_of,
@@ -76,12 +77,12 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_else(
     make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(make_student(), make_batches(40), precision="float16", **SETTINGS)
-    trainer.precision.load_state_dict(trainer.precision.state_dict() | {"scale": 2.0**127})
+    trainer.precision.load_state_dict(trainer.precision.state_dict() | {"scale": 2.0**40})
     with caplog.at_level(logging.INFO, logger="kd"):
         trainer.train()
     assert "float16 gradients overflowed" in caplog.text
     assert "not finite" not in caplog.text
-    assert trainer.precision.scale_factor < 2.0**127
+    assert trainer.precision.scale_factor < 2.0**40
     assert all(bool(torch.isfinite(value).all()) for value in weights(trainer.model).values())
 
 
@@ -95,6 +96,30 @@ def test_float16_gradients_that_no_scale_makes_finite_end_the_run(make_trainer: 
     trainer = make_trainer(model, make_batches(100), precision="float16", **SETTINGS)
     with pytest.raises(NumericError, match="diverged"):
         trainer.train()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_norm_that_overflows_though_no_gradient_does_ends_the_run(
+    make_trainer: MakeTrainer, precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_student()
+    trainer = make_trainer(model, make_batches(100), precision=precision, **SETTINGS)
+
+    def enlarge(gradient: Tensor) -> Tensor:  # finite with the loss scale, and without
+        return torch.full_like(gradient, 1e30)
+
+    model.layers[0].ffn.up_proj.weight.register_hook(enlarge)
+    with caplog.at_level(logging.WARNING, logger="kd"), pytest.raises(NumericError, match="diverged"):
+        trainer.train()
+    assert "their norm overflows" in caplog.text
+
+
+def test_a_float16_run_whose_every_step_overflows_is_not_done(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(make_student(), make_batches(4), precision="float16", run_dir=tmp_path, **SETTINGS)
+    trainer.precision.load_state_dict(trainer.precision.state_dict() | {"scale": 2.0**127})
+    with pytest.raises(NumericError, match="None of the 4 optimizer steps was taken"):
+        trainer.train()
+    assert checkpoints_in(tmp_path) == []
 
 
 def test_a_stopped_float16_run_ends_with_the_same_bits(make_trainer: MakeTrainer, tmp_path: Path) -> None:
