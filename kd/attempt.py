@@ -78,9 +78,11 @@ def _attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> d
                 trainer.stop = stop
                 _resume(trainer, plan.config)
                 trainer.train()
-                _score_test(trainer, parts)
-                if isinstance(plan.config.quantization, IntegerConfig):
-                    turn_into_integers(trainer, plan.config.quantization, parts.test_loader)
+                with stop.listening():  # scoring asks between batches, so that several processes leave together
+                    _score_test(trainer, parts)
+                    if isinstance(plan.config.quantization, IntegerConfig):
+                        turn_into_integers(trainer, plan.config.quantization, parts.test_loader)
+                    trainer.raise_if_stopped()
         result = _summarise(trainer)
         if is_first():  # alone from here on, for as long as it takes
             write_products(trainer, plan.config.quantization)

@@ -57,9 +57,10 @@ def linear_distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return `distillation_loss` of the logits `hidden @ weight.T + bias`, which are never all there at once.
 
-    Positions with label -100 take part in nothing, not even in a matrix product. Products are computed in the dtype of
-    autocast, where that is on, or else of the arguments; softmax and sums in float32, or float64 for float64. The
-    weight may belong to a tied embedding: its gradient adds to the embedding's.
+    Positions with label -100 take part in nothing, not even in a matrix product. The student's products are computed in
+    the dtype of autocast, where that is on, or else of the arguments, as the teacher's are in either case; softmax and
+    sums in float32, or float64 for float64. The weight may belong to a tied embedding: its gradient adds to the
+    embedding's.
 
     One backward pass only: it scales the gradients in place and gives them away. A second raises a RuntimeError.
 
@@ -177,12 +178,15 @@ def _teacher_head(
     labels: Tensor,
     rows: Tensor,
 ) -> Head | None:
-    """Return the teacher's head with the hidden states of the labelled tokens, outside of every graph."""
+    """Return the teacher's head with the hidden states of the labelled tokens, outside of every graph.
+
+    Autocast is the student's: with or without logits, and in an evaluation, the teacher says the same.
+    """
     if hidden is None and weight is None:
         return None
     if hidden is None or weight is None:
         raise ValueError("Of teacher_hidden and teacher_weight only one was given: give both, or neither.")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
         return Head.of(select_rows(hidden, weight, bias, labels, rows), weight, bias, softcap)
 
 

@@ -11,6 +11,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_CODES = (*(128 + number for number in SIGNALS), *(-number for number in SIGNALS))
 """How a process ends that one of these signals ended; as `subprocess` tells it."""
 
+STOPPED = "Stopped. The same command goes on from what is saved."
+
 
 @contextmanager
 def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
@@ -34,14 +36,22 @@ class StopSignal:
     def request(self, signum: int, frame: FrameType | None = None) -> None:  # noqa: ARG002 - a handler's signature
         """Ask for a stop; a signal handler.
 
+        A second SIGTERM changes nothing, since supervisors send several for one stop: what was begun is saved first.
+
         Raises:
-            Interrupted: at once, if no training loop listens or this is the second request.
+            Interrupted: at once, if nothing listens, or if a second Ctrl-C says that a person will not wait.
         """
         # Not whether signum is set: of several processes, the first to be asked tells the others.
         again, self._requested = self._requested, True
         self.signum = signum
-        if again or not self._listeners:
-            raise Interrupted("Stopped. The same command goes on from what is saved.", signum)
+        if not self._listeners:
+            raise Interrupted(STOPPED, signum)
+        if again and signum == signal.SIGINT:
+            raise Interrupted(
+                "Stopped at once, as asked a second time: what came after the last checkpoint is lost. The same "
+                "command goes on from there.",
+                signum,
+            )
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -258,7 +258,7 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
     """End a child that an exception left unwatched: a second Ctrl-C, or the end that a cluster sets to a worker."""
     assert child.stdin is not None
     if child.stdin.closed and child.poll() is None:
-        child.terminate()  # the second request: it drops what it does
+        child.send_signal(signal.SIGINT)  # as a second Ctrl-C: it drops what it does
     _ask_to_stop(child)
     child.wait()
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import kd.generate
 from kd.errors import ConfigError, DataError, KDError
 from kd.files import check_directory
-from tests.commands import REPOSITORY, TINY, Outcome, only_run, run, run_and_list, start, strict_json
+from tests.commands import REPOSITORY, TINY, Outcome, environment, only_run, run, run_and_list, start, strict_json
 
 SERIES = ("train_loss", "kl_loss", "ce_loss", "learning_rate", "grad_norm")
 VAL_SERIES = ("val_loss", "val_ppl", "val_kl", "val_agreement", "val_bits_per_byte")
@@ -133,22 +133,78 @@ def test_alpha_zero_is_one_baseline_for_all_temperatures() -> None:
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("signum", "num_workers"),
+    [
+        (signal.SIGTERM, 2),
+        (signal.SIGKILL, 0),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+    ],
 )
-def test_a_run_stopped_half_way_ends_like_an_unstopped_one(signum: signal.Signals, tmp_path: Path) -> None:
+def test_a_run_stopped_half_way_ends_like_an_unstopped_one(
+    signum: signal.Signals, num_workers: int, tmp_path: Path
+) -> None:
+    """The signal reaches all its processes, those that load data among them."""
     longer = (*TINY, "train.max_steps=160", "train.num_epochs=40", "train.save_interval=4", "model.dropout=0.1")
     longer = (*longer, "train.log_interval=7", "train.eval_interval=25", "train.gradient_accumulation_steps=2")
     assert run(*longer, "name=whole").code == 0
-    process = start(*longer, "name=cut")
+    cut = (*longer, "name=cut", f"data.num_workers={num_workers}")
+    process = start(*cut)
     stop_at = wait_for_step(tmp_path / "outputs" / "cut", 12)
     os.killpg(process.pid, signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), errors
     assert not (stop_at / "result.json").exists()
-    outcome = run(*longer, "name=cut")
+    outcome = run(*cut)
     assert outcome.code == 0, outcome.errors
     assert "Continuing from" in outcome.output
     assert_same_run(only_run("whole"), only_run("cut"), 160)
+
+
+STOPPED_LATE = """
+import os, signal, sys
+from kd.trainers import BaseTrainer
+
+def then_stop(name, number):
+    method, calls = getattr(BaseTrainer, name), []
+    def stopped(self, *args, **settings):
+        result = method(self, *args, **settings)
+        calls.append(0)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+    setattr(BaseTrainer, name, stopped)
+
+then_stop(sys.argv.pop(1), int(sys.argv.pop(1)))
+from kd.train import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("method", "call", "files"),
+    [
+        ("save_checkpoint", 2, ["checkpoint-6"]),
+        ("_prepare_for_scoring", 11, ["checkpoint-6", "val_blocks.npy"]),
+        ("record_part", 1, ["checkpoint-6", "val_blocks.npy", "test_blocks.npy"]),
+    ],
+)
+def test_a_stop_after_the_last_step_is_an_interruption_too(
+    method: str, call: int, files: list[str], finished: Path
+) -> None:
+    """In the final save, while the test part is scored, and after its score was written."""
+    command = [sys.executable, "-c", STOPPED_LATE, method, str(call), *TINY, "name=cut"]
+    stopped = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not (only_run("cut") / "result.json").exists()
+    left = {path.name for path in [*only_run("cut").iterdir(), *only_run("cut").glob("checkpoints/*")]}
+    assert left & {"checkpoint-6", "val_blocks.npy", "test_blocks.npy"} == set(files)
+    outcome = run(*TINY, "name=cut")
+    assert outcome.code == 0, outcome.errors
+    assert_same_run(finished, only_run("cut"), 6)
 
 
 def wait_for_step(experiment: Path, step: int) -> Path:

@@ -66,7 +66,8 @@ class TrainerConfig:
     decay_steps: int | None = None
     """Of schedule=wsd, in optimizer steps; null: a tenth of the run."""
     precision: str = "float32"
-    """Of the matrix products: float32, bfloat16, or float16 with loss scaling. Weights are float32 in all of them."""
+    """Of the matrix products of training: float32, bfloat16, or float16 with loss scaling. Weights and evaluations are
+    float32 in all of them; a teacher computes in teacher.dtype, its head too, whatever this is."""
     gradient_checkpointing: bool = False
     """Keep no activations inside a block, but compute them again for the backward pass: less memory, a third slower."""
     early_stopping_patience: int | None = None

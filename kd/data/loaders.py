@@ -1,7 +1,8 @@
 """Loaders of packed blocks whose order is a function of seed and epoch, so that any position can be returned to."""
 
+import signal
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -11,7 +12,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kd.data.blocks import PackedBlocks
 from kd.errors import DataError
 
+if TYPE_CHECKING:
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
 D = TypeVar("D", bound=Dataset[dict[str, Tensor]])
+WORKER_SECONDS = 60
+"""How long a worker process goes on after a SIGTERM, unless its parent ends it."""
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -34,7 +40,7 @@ class BatchOrder(Sampler[list[int]]):
         self.unit = unit
         self.epoch = 0
         self.batches: Sequence[int] | None = None
-        """Numbers of the batches that the next iteration yields, and it alone; None: all."""
+        """Numbers of the batches that iterations yield which begin now; None: all."""
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""
@@ -43,9 +49,9 @@ class BatchOrder(Sampler[list[int]]):
         return self.num_blocks // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        chosen, self.batches = self.batches, None
+        # Changes nothing: with worker processes torch calls it twice for one iteration, and keeps the second.
         order, size = self._order(), self.batch_size
-        numbers = range(len(self)) if chosen is None else chosen
+        numbers = range(len(self)) if self.batches is None else self.batches
         return (order[number * size : (number + 1) * size].tolist() for number in numbers)
 
     def _order(self) -> "np.ndarray[tuple[int], np.dtype[np.int_]]":
@@ -76,8 +82,14 @@ class PositionedLoader(DataLoader[dict[str, Tensor]], Generic[D]):
             sampler=order,
             num_workers=num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator().manual_seed(0),
         )
+
+    def __iter__(self) -> "_BaseDataLoaderIter":
+        iterator = super().__iter__()
+        self.order.batches = None  # the choice was for this iteration, which has taken it in
+        return iterator
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """Make the next iteration yield the batches of `epoch` from `batch` on; the one after it starts at 0.
@@ -104,6 +116,16 @@ class BlockLoader(PositionedLoader[PackedBlocks]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _outlive_signals(worker: int) -> None:  # noqa: ARG001 - torch's signature
+    """Let a worker process wait for its parent's word when a signal asks all processes of a job to stop.
+
+    A worker that ends by a signal is an error to torch, raised amid whatever the parent does; and then no checkpoint
+    is saved. A parent that is gone torch's workers notice themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_SECONDS))
 
 
 def train_loader(dataset: PackedBlocks, batch_size: int, seed: int, num_workers: int = 0) -> BlockLoader:

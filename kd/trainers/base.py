@@ -101,6 +101,7 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
             except StopRequest:
                 self._save_and_stop()
         self.state = "completed"
+        self.raise_if_stopped()  # asked during the final save
         empty: dict[str, list[float | int | None]] = {"train_loss": [], "val_loss": [], "val_ppl": []}
         return {**empty, **self.history.train, **self.history.validation}
 
@@ -157,7 +158,7 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         self._evaluate_if_due()
         if self.step // self.config.save_interval > first // self.config.save_interval and self.step < self.total_steps:
             self._save()
-        self._raise_if_stopped()
+        self.raise_if_stopped()
 
     def _record_terms(self, terms: Terms, count: Tensor) -> None:
         if count.ndim == 0:
@@ -187,7 +188,8 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
             if self.is_main:  # all have the same
                 self._meter.add({"grad_norm": norm.detach()}, weight=torch.ones_like(norm))
             self._bad_steps = 0
-        elif self.precision.can_lower_scale:
+            self._taken_steps += 1
+        elif self.precision.can_lower_scale and first_nonfinite_gradient(self.model, self.strategy.whole) is not None:
             log.info(
                 "step %d: float16 gradients overflowed; the step is not taken, and the loss scaled less", self.step + 1
             )
@@ -207,12 +209,8 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         latest = self._meter.latest()
         latest.pop("grad_norm", None)  # an earlier step's
         terms = ", ".join(f"{key} {value:g}" for key, value in latest.items())
-        log.warning(
-            "step %d: gradients are not finite (%s; first bad parameter: %s); the step is not taken",
-            self.step + 1,
-            terms,
-            name,
-        )
+        cause = "each is, but their norm overflows" if name is None else f"first bad parameter: {name}"
+        log.warning("step %d: gradients are not finite (%s; %s); the step is not taken", self.step + 1, terms, cause)
         if self._bad_steps >= MAX_BAD_STEPS:
             raise NumericError(
                 f"The gradients of the last {MAX_BAD_STEPS} steps, up to step {self.step + 1}, were not finite "
@@ -244,8 +242,22 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
             self.stop.signum,
         )
 
+    def _check_learned(self) -> None:
+        """Refuse to call a model trained that is what it was before."""
+        if self.step > 0 and self._taken_steps == 0:
+            raise NumericError(
+                f"None of the {self.step} optimizer steps was taken, since their gradients were not finite: nothing "
+                "was learned. Look for NaN in the data, the teacher or the weights it began with; else lower "
+                f"train.learning_rate={self.config.learning_rate:g}, or use train.precision=float32."
+            )
+
     def _finish(self) -> None:
-        """Evaluate on the whole validation set, and save."""
+        """Evaluate on the whole validation set, and save.
+
+        Raises:
+            NumericError: if no step was taken, or the validation loss is not finite.
+        """
+        self._check_learned()
         if self.val_loader is not None:
             if self.config.early_stopping_patience is not None:
                 self._return_to_best()
@@ -261,9 +273,9 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         self._write_history()
 
 
-def first_nonfinite_gradient(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> str:
-    """Return the name of the first parameter whose `whole` gradient holds NaN or infinity, `none` if all are finite."""
+def first_nonfinite_gradient(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> str | None:
+    """Return the name of the first parameter whose `whole` gradient holds NaN or infinity, None if all are finite."""
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(whole(parameter.grad)).all():
             return name
-    return "none"
+    return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import TrainingConfig
+from kd.errors import NumericError
 from kd.heads import logits_of
 from kd.losses import distillation_loss
 from kd.teacher import LiveTeacher, Teacher
@@ -42,6 +43,7 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
 
     Raises:
         ValueError: if there is no teacher and `config.alpha` is above 0.
+        NumericError: if a weight of the teacher is not finite.
     """
 
     config_class = TrainingConfig
@@ -62,6 +64,8 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
             raise ValueError(f"train.alpha={config.alpha} needs a teacher_model, and None was given")
         if isinstance(teacher_model, nn.Module):
             teacher_model = LiveTeacher(teacher_model, torch.device(device))
+        if teacher_model is not None:
+            _check_finite(teacher_model)
         self.teacher: Teacher | None = teacher_model
         if config.alpha == 0:
             self.loss_terms = ("ce_loss",)
@@ -87,9 +91,14 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         if self.teacher is None:  # a loaded checkpoint has brought another alpha
             raise ValueError(f"train.alpha={alpha} needs a teacher_model, and None was given")
         if self.linear_loss is None:
-            return Logits(logits_of(self.module(batch["input_ids"])), self.teacher.logits(batch))
+            return Logits(logits_of(self.module(batch["input_ids"])), self._teacher_logits(batch))
         states = self._teacher_states(batch)
         return Loss(*self.module(batch["input_ids"], batch["labels"], states, alpha, self.config.temperature))
+
+    def _teacher_logits(self, batch: Batch) -> Tensor:
+        assert self.teacher is not None
+        with torch.autocast(self.device.type, enabled=False):  # its precision is its own concern
+            return self.teacher.logits(batch)
 
     def _teacher_states(self, batch: Batch) -> TeacherStates:
         assert self.teacher is not None
@@ -120,3 +129,25 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         teacher = "none" if self.teacher is None else self.teacher.description
         own = {"alpha": self.config.alpha, "temperature": self.config.temperature, "teacher": teacher}
         return own | super()._get_extra_config_info()
+
+
+def _check_finite(teacher: Teacher) -> None:
+    """Check a teacher's weights, as far as they are known: each NaN would spoil the tokens that meet it, maybe all.
+
+    Raises:
+        NumericError: naming the first weight that is not finite. A bias of -inf, which rules a token out, may be.
+    """
+    weights: dict[str, Tensor] = {}
+    if isinstance(teacher, LiveTeacher):
+        weights |= teacher.model.named_parameters()
+    if teacher.head is not None:
+        weights |= {"its head": teacher.head.weight}
+        weights |= {} if teacher.head.bias is None else {"its head's bias": teacher.head.bias}
+    for name, weight in weights.items():
+        values = weight.clamp_min(torch.finfo(weight.dtype).min) if weight.dim() == 1 else weight
+        if not torch.isfinite(values).all():
+            raise NumericError(
+                f"The teacher's weights are not all finite ({name}; {teacher.description}): nothing can be learned "
+                "from it. Its files are damaged or were saved from a training that diverged; or set "
+                "teacher.dtype=float32, if they are too large for the dtype that they were loaded in."
+            )

@@ -75,7 +75,8 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
     @torch.no_grad()
     def _reference_logprobs(self, batch: Batch) -> Tensor:
         """Return the reference's log-probabilities of pairs, (B, 2)."""
-        keys = _keys(batch)
+        # An evaluation's float32 and training's half precision are not compared with each other's.
+        keys = _keys(batch, b"autocast" if torch.is_autocast_enabled(self.device.type) else b"")
         if not all(key in self._known for key in keys):
             logprobs = self._reference(batch["input_ids"], batch["labels"]).logprobs.sum(dim=1)
             self._known |= dict(zip(keys, logprobs.tolist(), strict=True))
@@ -109,11 +110,11 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
         return {"beta": self.config.beta, "label_smoothing": self.config.label_smoothing}
 
 
-def _keys(batch: Batch) -> list[int]:
+def _keys(batch: Batch, salt: bytes) -> list[int]:
     """Return a number for each sequence that tells it, prompt and answer, from others, however it is padded."""
     # Not the batch's example ids: those of training, validation and test sets may be the same.
     input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     lengths = (torch.arange(1, labels.size(1) + 1) * (labels != IGNORE_INDEX)).amax(dim=1).tolist()
     contents = [torch.stack(row)[:, :length] for *row, length in zip(input_ids, labels, lengths, strict=True)]
-    digests = [hashlib.blake2b(content.numpy().tobytes(), digest_size=8).digest() for content in contents]
+    digests = [hashlib.blake2b(content.numpy().tobytes(), digest_size=8, salt=salt).digest() for content in contents]
     return [int.from_bytes(digest, "little", signed=True) for digest in digests]

@@ -9,7 +9,9 @@ import torch
 
 from kd.data import BlockLoader
 from kd.distributed import gather_objects, largest_of_all
+from kd.errors import Interrupted
 from kd.runs import Number
+from kd.stop import STOPPED
 from kd.trainers.dealing import check_dealing, deal
 from kd.trainers.evaluation import BlockScores, Scores
 from kd.trainers.state import Batch, C, TrainerState
@@ -17,8 +19,8 @@ from kd.trainers.state import Batch, C, TrainerState
 log = logging.getLogger("kd")
 
 
-class StopRequest(Exception):  # noqa: N818 - not an error
-    """Leaves the loop at the next point where the state is whole."""
+class StopRequest(Interrupted):
+    """Leaves the loop at the next point where the state is whole; outside of a loop, whatever there is."""
 
 
 class EvaluatingTrainer(TrainerState[C], ABC):
@@ -53,7 +55,10 @@ class EvaluatingTrainer(TrainerState[C], ABC):
     def score(
         self, loader: Iterable[Batch] | None = None, max_blocks: int | None = None, *, with_teacher: bool = True
     ) -> Scores:
-        """Return the scores, per block or example, behind `evaluate`; `with_teacher=False` spares its forward pass."""
+        """Return the scores, per block or example, behind `evaluate`; `with_teacher=False` spares its forward pass.
+
+        Whatever `precision` trains, scores are computed in the weights' own dtype, float32: so that they compare.
+        """
         loader = self.val_loader if loader is None else loader
         if loader is None:
             raise ValueError(f"{type(self).__name__}.evaluate() needs a val_loader, and none was given")
@@ -66,8 +71,8 @@ class EvaluatingTrainer(TrainerState[C], ABC):
             parts: list[Scores] = []
             seen = 0
             for dealt in deal(loader):
-                self._raise_if_stopped()
-                with self.precision.autocast():
+                self.raise_if_stopped()
+                with torch.autocast(self.device.type, enabled=False):
                     part = self._score_batch(self._prepare_for_scoring(dealt.batch), with_teacher)
                 # A batch of each process at a time, by rank: the order of the loader.
                 new = [found for found in gather_objects(part if dealt.counts else None) if found is not None]
@@ -149,11 +154,15 @@ class EvaluatingTrainer(TrainerState[C], ABC):
         assert loss is not None
         return loss / math.log(2) * self.val_loader.dataset.tokens_per_byte
 
-    def _raise_if_stopped(self) -> None:
-        """Leave if a process was asked to stop; all leave at the same point, since all ask each other."""
+    def raise_if_stopped(self) -> None:
+        """Leave if a process was asked to stop; all leave at the same point, since all ask each other.
+
+        Raises:
+            Interrupted: if so.
+        """
         if signum := largest_of_all(self.stop.signum or 0):
             self.stop.signum = signum
-            raise StopRequest
+            raise StopRequest(STOPPED, signum)
 
 
 def _describe(row: dict[str, Number]) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.errors import DataError
 from kd.linear_distillation import TokenScores
 from kd.losses import IGNORE_INDEX, token_agreement
 
@@ -127,7 +128,16 @@ class BlockScores:
         return None if column is None else float(column.sum() / self.tokens.sum().clamp_min(1))
 
     def metrics(self) -> dict[str, float | None]:
-        """Return val_loss (nats per token), val_ppl, val_kl, val_agreement (share), teacher_val_ppl."""
+        """Return val_loss (nats per token), val_ppl, val_kl, val_agreement (share), teacher_val_ppl.
+
+        Raises:
+            DataError: if no block has a token to predict: a mean over nothing would be the best loss ever.
+        """
+        if not self.tokens.any():
+            raise DataError(
+                f"None of the {len(self)} blocks that are scored has a token to predict: all labels are {IGNORE_INDEX}."
+                " Give validation (and test) data whose answers are not cut off or masked."
+            )
         loss = self.mean(self.nll)
         assert loss is not None
         teacher_loss = self.mean(self.teacher_nll)

@@ -87,6 +87,7 @@ class TrainerState(Generic[C]):
         self.history = History()
         self.stop = StopSignal()
         self._bad_steps = 0
+        self._taken_steps = 0
         self._evaluations_without_gain = 0
         self._meter = Meter(("loss", "grad_norm", *self.loss_terms))
         self._pending_rng: dict[str, Any] | None = None
@@ -192,6 +193,7 @@ class TrainerState(Generic[C]):
             "rng": rng_state(),
             "meter": self._meter.state_dict(),
             "bad_steps": self._bad_steps,
+            "taken_steps": self._taken_steps,
             "loss_scale": self.precision.state_dict(),
             "evaluations_without_gain": self._evaluations_without_gain,
             "history": asdict(self.history),
@@ -225,6 +227,7 @@ class TrainerState(Generic[C]):
         self.history = History(**state["history"])
         self._meter.load_state_dict(state["meter"], self.device)
         self._bad_steps = state["bad_steps"]
+        self._taken_steps = state.get("taken_steps", self.step - self._bad_steps)  # earlier checkpoints do not say
         self.precision.load_state_dict(state["loss_scale"])
         self._evaluations_without_gain = state["evaluations_without_gain"]
         self._wall_before = state["wall_seconds"]

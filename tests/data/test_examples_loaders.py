@@ -1,5 +1,6 @@
 """Loaders of examples: order by seed and epoch, returning to a position, every example once in evaluation."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,12 +53,15 @@ def test_the_order_is_a_shuffle_that_depends_on_seed_and_epoch_alone(examples: E
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_any_position_can_be_returned_to_with_the_same_tensors(examples: EncodedAnswers) -> None:
+@pytest.mark.parametrize(("num_workers", "starts"), [(0, range(7)), (2, (0, 3, 6))])
+def test_any_position_can_be_returned_to_with_the_same_tensors(
+    num_workers: int, starts: Iterable[int], examples: EncodedAnswers
+) -> None:
     loader = example_train_loader(examples, 8, 0)
     loader.set_position(1)
     whole = list(loader)
-    for start in range(len(loader) + 1):
-        again = example_train_loader(examples, 8, 0)
+    for start in starts:
+        again = example_train_loader(examples, 8, 0, num_workers)
         again.set_position(1, start)
         rest = list(again)
         assert len(rest) == len(whole) - start
@@ -76,7 +80,7 @@ def test_evaluation_takes_every_example_in_order(examples: EncodedAnswers) -> No
     assert [example for batch in batches for example in batch] == list(range(50))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_iterating_leaves_the_global_generator_alone(num_workers: int, examples: EncodedAnswers) -> None:
     before = torch.get_rng_state()
     assert _ids(example_train_loader(examples, 8, 0, num_workers)) == _epoch(examples, 0, 0)

@@ -1,5 +1,8 @@
 """Loaders: the order of blocks, returning to a position, and leaving the global generator alone."""
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +34,9 @@ def _ids(loader: BlockLoader) -> list[list[int]]:
     return [batch["block_id"].tolist() for batch in loader]
 
 
+WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
+
+
 def _epoch(blocks: PackedBlocks, seed: int, epoch: int) -> list[list[int]]:
     loader = train_loader(blocks, 8, seed)
     loader.set_position(epoch)
@@ -56,14 +62,39 @@ def test_the_order_depends_on_seed_and_epoch_alone(blocks: PackedBlocks) -> None
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_a_position_gives_the_remaining_batches_and_is_then_forgotten(blocks: PackedBlocks) -> None:
+@WORKERS
+def test_a_position_gives_the_remaining_batches_and_is_then_forgotten(num_workers: int, blocks: PackedBlocks) -> None:
     whole = _epoch(blocks, 0, 1)
-    loader = train_loader(blocks, 8, 0)
+    loader = train_loader(blocks, 8, 0, num_workers)
     loader.set_position(1, 4)
     assert _ids(loader) == whole[4:]
     assert _ids(loader) == whole
     loader.set_position(1, 6)
     assert _ids(loader) == []
+
+
+@WORKERS
+def test_chosen_batches_come_in_the_order_of_their_choice(num_workers: int, blocks: PackedBlocks) -> None:
+    whole = _epoch(blocks, 0, 1)
+    loader = train_loader(blocks, 8, 0, num_workers)
+    loader.choose(1, [1, 3, 5, 5])
+    assert _ids(loader) == [whole[number] for number in (1, 3, 5, 5)]
+    assert _ids(loader) == whole
+
+
+@WORKERS
+def test_iterators_alive_at_once_know_nothing_of_each_other(num_workers: int, blocks: PackedBlocks) -> None:
+    """A training that pauses for an evaluation, an epoch that was left in its midst: each keeps what it began with."""
+    loader = train_loader(blocks, 8, 0, num_workers)
+    loader.set_position(1, 2)
+    first = iter(loader)
+    assert next(first)["block_id"].tolist() == _epoch(blocks, 0, 1)[2]
+    loader.set_position(2, 3)
+    second = iter(loader)
+    third = iter(loader)
+    assert [batch["block_id"].tolist() for batch in second] == _epoch(blocks, 0, 2)[3:]
+    assert [batch["block_id"].tolist() for batch in first] == _epoch(blocks, 0, 1)[3:]
+    assert [batch["block_id"].tolist() for batch in third] == _epoch(blocks, 0, 2)
 
 
 def test_batches_carry_blocks(blocks: PackedBlocks) -> None:
@@ -82,13 +113,23 @@ def test_evaluation_takes_every_block_in_order(blocks: PackedBlocks) -> None:
     assert [block for batch in batches for block in batch] == blocks.block_ids.tolist()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@WORKERS
 def test_iterating_leaves_the_global_generator_alone(num_workers: int, blocks: PackedBlocks) -> None:
     before = torch.get_rng_state()
     trained, evaluated = train_loader(blocks, 8, 0, num_workers), eval_loader(blocks, 8, num_workers)
     assert _ids(trained) == _epoch(blocks, 0, 0)
     assert len(_ids(evaluated)) == 7
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_signal_to_all_processes_leaves_those_that_load_at_work(blocks: PackedBlocks) -> None:
+    loader = train_loader(blocks, 8, 0, num_workers=2)
+    iterator = iter(loader)
+    ids = [next(iterator)["block_id"].tolist()]  # now both have begun
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid or 0, number)
+    assert ids + [batch["block_id"].tolist() for batch in iterator] == _epoch(blocks, 0, 0)
 
 
 def test_less_than_one_batch_is_refused(blocks: PackedBlocks) -> None:

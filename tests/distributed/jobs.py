@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from kd.adapters import add_adapters
 from kd.config import LoRAConfig, PretrainConfig
+from kd.data import PositionedLoader
+from kd.data.loaders import BatchOrder
 from kd.distributed import alone, get_rank, get_world_size, is_distributed, process_group
 from kd.errors import KDError
 from kd.model import StudentModel
@@ -217,8 +219,21 @@ FAULTS: dict[str, Callable[[Path], None]] = {
 }
 
 
+class Rows(Dataset[Batch]):
+    """Rows that are asked for by lists of indexes, as a `PositionedLoader` does."""
+
+    def __init__(self, rows: list[Batch]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indexes: Any) -> Batch:
+        return {key: torch.stack([self.rows[index][key] for index in indexes]) for key in self.rows[0]}
+
+
 def own_loaders(folder: str) -> None:
-    """Train on a DataLoader that deals itself, and on a plain one; keep the losses."""
+    """Train on a DataLoader that deals itself, on a plain one, and on loaders of kd.data; keep the losses."""
     batches = make_batches(6)
     rows = [{key: value[row] for key, value in batch.items()} for batch in batches for row in range(2)]
     dataset: Any = rows
@@ -228,6 +243,11 @@ def own_loaders(folder: str) -> None:
     for name, loader in {
         "dealing": DataLoader(dataset, batch_size=1, sampler=sampler),
         "plain": DataLoader(dataset, batch_size=1),
+        **{
+            f"{name} {workers}": PositionedLoader(Rows(rows), BatchOrder(len(rows), 1, seed), workers)
+            for name, seed in (("in order", None), ("shuffled", 5))
+            for workers in (0, 2)
+        },
     }.items():
         trainer = pretrain(
             make_student(),

@@ -136,10 +136,16 @@ def test_loaders_of_ones_own_give_the_same_losses(tmp_path: Path) -> None:
     outcome = launch.run("own_loaders", str(tmp_path / "two"), module=MODULE)
     assert outcome.code == 0, outcome.errors
     own_loaders(str(tmp_path / "one"))
-    expected = json.loads((tmp_path / "one/plain/history.json").read_text())["train_loss"]
-    for name in ("plain", "dealing"):  # without shuffling the sampler deals row by row, as the trainer does
-        found = json.loads((tmp_path / "two" / name / "history.json").read_text())["train_loss"]
-        assert found == pytest.approx(expected, rel=TOLERANCE)
+    losses = {
+        str(path.relative_to(tmp_path).parent): json.loads(path.read_text())["train_loss"]
+        for path in tmp_path.glob("*/*/history.json")
+    }
+    # Without shuffling the sampler deals row by row, as the trainer does.
+    for name in ("plain", "dealing", "in order 0", "in order 2"):
+        assert losses[f"two/{name}"] == pytest.approx(losses["one/plain"], rel=TOLERANCE), name
+    for name in ("two/shuffled 0", "two/shuffled 2", "one/shuffled 2"):
+        assert losses[name] == pytest.approx(losses["one/shuffled 0"], rel=TOLERANCE), name
+    assert losses["one/shuffled 0"] != pytest.approx(losses["one/plain"], rel=100 * TOLERANCE)
 
 
 @pytest.mark.slow

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from kd.checkpoint_files import MODEL_FILE
 from kd.config import TrainingConfig
+from kd.errors import NumericError
+from kd.heads import LinearHead
 from kd.losses import IGNORE_INDEX, distillation_loss
 from kd.model import num_parameters
 from kd.teacher import LiveTeacher
+from kd.teacher_cache import CachedTeacher
 from kd.trainers import DistillationTrainer
 from kd.trainers.state import Batch
 
@@ -61,6 +64,13 @@ class FixedTeacher:
     def logits(self, batch: Batch) -> Tensor:
         ids = batch["input_ids"]
         return 3.0 * torch.nn.functional.one_hot((ids + 1) % VOCAB, VOCAB).float()
+
+
+class BrokenTeacher(FixedTeacher):
+    """One that was whole when training began."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        return super().logits(batch) * math.nan
 
 
 # --- contract ---------------------------------------------------------------------------------------------------
@@ -246,6 +256,41 @@ def _flops(alpha: float) -> float:
     flops = trainer.history.totals["flops"]
     assert flops is not None
     return flops
+
+
+# --- a teacher that is not whole --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "embedding.weight", "norm.weight", "layers.1.ffn.up_proj.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_with_a_weight_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    teacher = make_student(seed=5)
+    with torch.no_grad():
+        teacher.get_parameter(name).view(-1)[3] = value
+    with pytest.raises(NumericError, match=r"teacher's weights are not all finite.*StudentModel"):
+        distill(make_student(), make_batches(2), teacher=teacher)
+
+
+def test_a_head_from_the_cache_that_is_not_finite_is_refused() -> None:
+    weight = torch.zeros(VOCAB, 4)
+    weight[7] = math.nan
+    states: list[Any] = []
+    with pytest.raises(NumericError, match="its head; hidden states"):
+        distill(make_student(), make_batches(2), teacher=CachedTeacher(LinearHead(weight), states, torch.device("cpu")))
+
+
+def test_a_bias_that_rules_a_token_out_is_none_of_these() -> None:
+    bias = torch.zeros(VOCAB)
+    bias[0] = -math.inf
+    head = LinearHead(torch.zeros(VOCAB, 4), bias)
+    assert distill(make_student(), None, teacher=CachedTeacher(head, [], torch.device("cpu"))).teacher is not None
+
+
+def test_a_run_none_of_whose_steps_was_taken_is_not_done() -> None:
+    trainer = distill(make_student(), make_batches(3), make_batches(1, seed=1), teacher=BrokenTeacher(), num_epochs=1)
+    with pytest.raises(NumericError, match="None of the 3 optimizer steps was taken") as caught:
+        trainer.train()
+    assert caught.value.exit_code == 5
 
 
 # --- evaluation against the teacher -----------------------------------------------------------------------------

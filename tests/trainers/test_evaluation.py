@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import Tensor
 
+from kd.errors import DataError
 from kd.losses import IGNORE_INDEX, token_agreement, token_kl, token_nll
 from kd.trainers.evaluation import BlockScores, ExampleScores, join, perplexity, save_scores, score_logits
 
@@ -98,8 +99,11 @@ def test_metrics_are_means_over_tokens_and_not_over_blocks() -> None:
     assert scores.first(1).metrics()["val_loss"] == 8.0
 
 
-def test_no_token_at_all_gives_zero_and_not_nan() -> None:
-    assert score_logits(make_logits(0), None, make_labels((LENGTH,) * 4)).metrics()["val_loss"] == 0.0
+def test_no_token_at_all_is_refused() -> None:
+    """A mean over nothing is no loss, and least of all the lowest."""
+    scores = BlockScores(torch.zeros(2).double(), torch.zeros(2).double())
+    with pytest.raises(DataError, match="None of the 2 blocks"):
+        scores.metrics()
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:

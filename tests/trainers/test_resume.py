@@ -48,14 +48,17 @@ STOPS = (1, 3, 5, 6, 7, 11, 12)
 """Among them: amid a log interval (1, 5), at an evaluation (3), at the end of an epoch (6) and of the run (12)."""
 
 
-def block_loaders(store: Path) -> tuple[BlockLoader, BlockLoader]:
-    return train_loader(PackedBlocks(store, "train"), 2, seed=3), eval_loader(PackedBlocks(store, "validation"), 2)
+def block_loaders(store: Path, num_workers: int = 0) -> tuple[BlockLoader, BlockLoader]:
+    train, validation = PackedBlocks(store, "train"), PackedBlocks(store, "validation")
+    return train_loader(train, 2, seed=3, num_workers=num_workers), eval_loader(validation, 2, num_workers)
 
 
-def block_trainer(make_trainer: MakeTrainer, store: Path, run_dir: Path, seed: int = 0) -> AnyTrainer:
+def block_trainer(
+    make_trainer: MakeTrainer, store: Path, run_dir: Path, seed: int = 0, num_workers: int = 0
+) -> AnyTrainer:
     """Return a trainer with dropout on packed blocks; weights and random numbers follow the seed."""
     model = make_student(seed, dropout=0.2, vocab_size=BYTES)
-    return make_trainer(model, *block_loaders(store), run_dir=run_dir, **SETTINGS)
+    return make_trainer(model, *block_loaders(store, num_workers), run_dir=run_dir, **SETTINGS)
 
 
 def list_trainer(make_trainer: MakeTrainer, run_dir: Path, seed: int = 0) -> AnyTrainer:
@@ -89,14 +92,15 @@ def interrupt(trainer: AnyTrainer, step: int) -> Path:
     return trainer.run_dir / "checkpoints" / f"checkpoint-{step}"
 
 
-@pytest.mark.parametrize("step", STOPS)
+@pytest.mark.parametrize(("step", "num_workers"), [*((step, 0) for step in STOPS), (1, 2), (7, 2)])
 def test_a_stopped_run_ends_with_the_same_bits(
-    make_trainer: MakeTrainer, store: Path, tmp_path: Path, step: int
+    make_trainer: MakeTrainer, store: Path, tmp_path: Path, step: int, num_workers: int
 ) -> None:
+    """With loading processes too; and they change nothing themselves."""
     unstopped = block_trainer(make_trainer, store, tmp_path / "a")
     unstopped.train()
-    checkpoint = interrupt(block_trainer(make_trainer, store, tmp_path / "b"), step)
-    resumed = block_trainer(make_trainer, store, tmp_path / "b", seed=999)
+    checkpoint = interrupt(block_trainer(make_trainer, store, tmp_path / "b", num_workers=num_workers), step)
+    resumed = block_trainer(make_trainer, store, tmp_path / "b", seed=999, num_workers=num_workers)
     resumed.load_checkpoint(checkpoint)
     assert resumed.step == step
     resumed.train()
@@ -294,22 +298,67 @@ def test_a_real_signal_ends_training_with_a_checkpoint(tmp_path: Path, number: i
     assert signal.getsignal(number) is before
 
 
-def test_a_second_request_does_not_wait() -> None:
+def test_a_second_request_of_a_person_does_not_wait_and_says_what_is_lost() -> None:
     stop = StopSignal()
     with stop.listening():
         stop.request(signal.SIGTERM)
-        with pytest.raises(Interrupted) as caught:
+        with pytest.raises(Interrupted, match="after the last checkpoint is lost") as caught:
             stop.request(signal.SIGINT)
     assert caught.value.exit_code == 130
+
+
+def test_a_signal_that_comes_again_lets_the_save_finish(tmp_path: Path) -> None:
+    """As torchrun and SLURM send it: to the whole group, and then each passes it on."""
+    trainer = pretrain(make_student(), make_batches(9), num_epochs=1, run_dir=tmp_path)
+    trainer.optimizer.register_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    save = trainer.save_checkpoint
+
+    def asked_again(path: str | Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(path)
+
+    trainer.save_checkpoint = asked_again  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="checkpoint saved") as caught, signals_to(trainer.stop.request):
+        trainer.train()
+    assert caught.value.exit_code == 143
+    assert checkpoints_in(tmp_path) == [1]
+
+
+def test_a_stop_during_the_final_save_ends_as_a_stop_and_the_rest_is_done_later(tmp_path: Path) -> None:
+    unstopped = list_trainer(pretrain, tmp_path / "a")
+    unstopped.train()
+    trainer = list_trainer(pretrain, tmp_path / "b")
+    save = trainer.save_checkpoint
+
+    def asked(path: str | Path) -> None:
+        save(path)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.save_checkpoint = asked  # type: ignore[method-assign]
+    with pytest.raises(Interrupted) as caught, signals_to(trainer.stop.request):
+        trainer.train()
+    assert caught.value.exit_code == 143
+    resumed = list_trainer(pretrain, tmp_path / "b", seed=9)
+    resumed.load_checkpoint(tmp_path / "b/checkpoints" / f"checkpoint-{TOTAL}")
+    resumed.train()
+    assert_same_end(resumed, unstopped)
+
+
+def test_a_stop_while_another_part_is_scored_is_an_interruption() -> None:
+    trainer = pretrain(make_student(), make_batches(2))
+    trainer.stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted, match="Stopped") as caught:
+        trainer.score(make_batches(3))
+    assert caught.value.exit_code == 143
 
 
 def test_a_request_after_that_of_another_process_is_the_first() -> None:
     stop = StopSignal()
     with stop.listening():
         stop.signum = signal.SIGTERM  # as all agreed
-        stop.request(signal.SIGTERM)  # while a checkpoint is saved
+        stop.request(signal.SIGINT)  # while a checkpoint is saved
         with pytest.raises(Interrupted):
-            stop.request(signal.SIGTERM)
+            stop.request(signal.SIGINT)
 
 
 def test_where_nothing_listens_a_request_ends_at_once() -> None:
