@@ -90,7 +90,8 @@ class Sweep:
 
 
 def _identity(alpha: float, temperature: float, seed: int, train: dict[str, float | str]) -> dict[str, Any]:
-    values: dict[str, float | str] = {"alpha": alpha, "learning_rate": 3e-3, "gradient_clip": CLIP, **train}
+    values: dict[str, float | str] = {"alpha": alpha, "learning_rate": 3e-3, "gradient_clip": CLIP}
+    values |= {"warmup_steps": 20, **train}
     if alpha:
         values["temperature"] = temperature
     return {
