@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -345,3 +346,68 @@ def test_a_nuisance_that_is_none_is_refused(name: str, reason: str) -> None:
     make_grid(Sweep(), seeds=1)
     with pytest.raises(DataError, match=reason):
         best_of(load_runs("outputs"), [name])
+
+
+# --- what does not compare is not ranked ----------------------------------------------------------------------------
+
+
+def test_preferences_are_chosen_by_what_does_not_depend_on_beta() -> None:
+    sweep = Sweep()
+    for seed in range(3):
+        sweep.prefer("dpo", 0.1, 0.62 + seed / 100, 0.9 + seed / 100, seed)
+        sweep.prefer("dpo", 1.0, 0.20 + seed / 100, 0.7 + seed / 100, seed)
+    _, comparison, words = outcome()
+    assert comparison.best is not None
+    assert comparison.best["label"] == "dpo, train.beta 0.1"
+    assert "Best validation reward accuracy of 2 settings: dpo, train.beta 0.1 (test reward accuracy 0.91" in words
+    other = row_of(comparison, "dpo, train.beta 1.0")
+    assert other["difference"] == pytest.approx(0.2)
+    assert "nats" not in words
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"trainer": "orpo"},
+        {"corpus": "d" * 64},
+        {"tokenizer": "u" * 64},
+        {"max_eval_examples": 16},
+        {"model": {"hidden_size": 32, "max_seq_len": 48}},
+        {"init_from": "f" * 64},
+        {"train": {"beta": 0.1, "precision": "bfloat16"}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_examples_scored_by_another_measure_are_not_ranked(other: dict[str, Any]) -> None:
+    sweep = Sweep()
+    for seed in range(2):
+        sweep.prefer("dpo", 0.1, 0.6, 0.8, seed)
+    sweep.prefer("dpo", 0.1, 0.6, 0.99, 0, other)
+    _, comparison, words = outcome()
+    assert "left out: 1 of 3 finished runs" in words
+    assert comparison.settings["val_reward_accuracy"].tolist() == [0.8]
+
+
+def test_rewards_of_other_answers_are_not_ranked() -> None:
+    sweep = Sweep()
+    for reward in ("exact_text", "exact_answer"):
+        sweep.prefer("grpo", 0.1, 0.6, 0.8, 0, {"train": {"reward": reward, "max_new_tokens": 8}})
+    assert load_runs("outputs").runs["evaluation"].nunique() == 2
+
+
+def test_text_compares_between_pretraining_and_distillation_but_not_in_another_precision_or_block_length() -> None:
+    sweep = Sweep()
+    distilled, pretrained, rounded = (sweep.add(0.0, 1, 5.0, seed) for seed in range(3))
+    shorter = sweep.add(0.0, 1, 5.0, 3)
+
+    def change(directory: Path, **values: Any) -> None:
+        record = read_json(directory / "environment.json")
+        record["identity"] |= values
+        (directory / "environment.json").write_text(json.dumps(record))
+
+    change(pretrained, trainer="pretrain", model={"hidden_size": 32, "max_seq_len": 64})
+    change(rounded, train={"alpha": 0.0, "precision": "bfloat16"})
+    change(shorter, seq_len=16)
+    found = load_runs("outputs").runs.set_index("directory")["evaluation"]
+    assert found[str(distilled)] == found[str(pretrained)]
+    assert len(set(found)) == 3

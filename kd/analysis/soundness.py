@@ -110,7 +110,8 @@ def _edges(tried: pd.DataFrame, arms: Sequence[Arm], keys: Sequence[str], nuisan
         arms = arms_of(tried, [key for key in keys if key not in names])
     for name in names:
         values = pd.to_numeric(tried[name], errors="coerce")
-        labels = [f"{tried['label'][arm.chosen]} ({values[arm.chosen]:g})" for arm in arms if _is_at_edge(values, arm)]
+        at_edge = [arm.chosen for arm in arms if _is_at_edge(values, arm)]
+        labels = [tried["label"][row] + (f" ({values[row]:g})" if nuisance else "") for row in at_edge]
         if labels:
             yield (
                 f"The best {short_name(name)} is the largest or smallest that was tried, so a better one may lie "
