@@ -24,7 +24,7 @@ def compare(command_line: list[str]) -> str:
     arguments = _parser().parse_args(command_line)
     from kd.analysis.report import write_report  # here, so that --help does not wait for pandas and scipy
 
-    return write_report(*arguments.paths).text()
+    return write_report(*arguments.paths, nuisance=arguments.best_of).text()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +35,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "paths", nargs="*", default=["outputs"], help="outputs (default), outputs/<name>, or single runs, in any mix"
+    )
+    parser.add_argument(
+        "--best-of",
+        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
+        default=[],
+        metavar="SETTINGS",
+        help="compare the other settings each at its own best value of these, like learning_rate,warmup_steps; the "
+        "choice is made on the validation part and counted in the intervals. Goes to reports/best_of/",
     )
     return parser
 

@@ -8,7 +8,7 @@ from typing import Any
 from kd.cache import RESOURCE_ERRNOS
 from kd.config import Config, CorpusConfig
 from kd.errors import ResourceError
-from kd.outcome import sentences
+from kd.outcome import objective, sentences
 from kd.plan import check_strategy, make_plan
 from kd.runs import Run
 from kd.stop import StopSignal, signals_to
@@ -25,7 +25,7 @@ def do_run(config: Config, files: dict[str, str]) -> float:
         files: Further files for the run's directory, by relative name.
 
     Returns:
-        The final validation loss (nats per token).
+        The number to be minimised; see `kd.outcome.objective`.
 
     Raises:
         KDError: of the kind that fits; see `kd.errors` for the exit codes.
@@ -45,7 +45,7 @@ def do_run(config: Config, files: dict[str, str]) -> float:
         else:
             log.info("Already done, nothing to do (overwrite=true does it again)")
         _announce(run, result)
-    return float(result["val_loss"])
+    return objective(result)
 
 
 def _result_of_all(run: Run) -> dict[str, Any] | None:

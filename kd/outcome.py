@@ -1,13 +1,30 @@
-"""A run's result in words."""
+"""A run's result in words, and the one number by which runs are chosen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
+def objective(result: Mapping[str, Any], part: str = "val") -> float:
+    """Return the number by which runs are chosen, the lower the better; a sweep hands it to Hydra.
+
+    It means the same whatever the training's settings: the loss where that is a cross-entropy (nats per token) or a
+    negative reward; of preferences the share of pairs that are ranked wrongly, since their loss is scaled by the run's
+    own beta and label smoothing.
+
+    Args:
+        result: A run's final numbers by name, as in result.json.
+        part: `val` or `test`.
+    """
+    accuracy = result.get(f"{part}_reward_accuracy")
+    return float(result[f"{part}_loss"]) if accuracy is None else 1.0 - float(accuracy)
+
+
 def headline(result: dict[str, Any]) -> str:
-    """Return the number that a result is known by: the validation perplexity or, where there is none, the loss."""
+    """Return the number that a result is known by: validation perplexity, reward accuracy, or else the loss."""
     if result.get("val_ppl") is not None:
         return f"validation perplexity {result['val_ppl']:.2f}"
+    if result.get("val_reward_accuracy") is not None:
+        return f"validation reward accuracy {result['val_reward_accuracy']:.4f}"
     return f"validation loss {result['val_loss']:.4f}"
 
 

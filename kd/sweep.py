@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from kd.composition import CONFIG_NAME, conf_dir
 from kd.errors import ConfigError, IntegrityError, Interrupted, KDError
-from kd.outcome import headline
+from kd.outcome import headline, objective
 from kd.runs import RunState, holder_of, read_failure, read_result, run_state
 from kd.stop import signals_to
 from kd.sweep_group import GroupSize
@@ -50,7 +50,7 @@ def run_sweep(arguments: list[str], context: HydraContext, master: DictConfig) -
         master: What the command line composes to, with Hydra's own settings.
 
     Returns:
-        The final validation loss (nats per token) of each run, in the points' order.
+        The number to be minimised of each run, in the points' order; see `kd.outcome.objective`.
 
     Raises:
         KDError: if points or the launcher's settings are not allowed (nothing was started then), or some runs failed.
@@ -71,7 +71,7 @@ def run_sweep(arguments: list[str], context: HydraContext, master: DictConfig) -
         for experiment in dict.fromkeys(directory.parent for directory in states):
             _report(experiment, anew=bool(todo))
     _raise_unless_done(states, ended.signum)
-    return [float(_result_of(directory)["val_loss"]) for directory in runs]
+    return [objective(_result_of(directory)) for directory in runs]
 
 
 def _announce(num_points: int, num_runs: int, num_todo: int, group: GroupSize) -> None:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from kd.errors import IntegrityError, Interrupted, KDError, RunHeldError
-from kd.outcome import headline
+from kd.outcome import headline, objective
 from kd.runs import Failure, RunState, forget_failure, holder_of, read_result, run_state, write_failure
 from kd.stop import signals_to
 from kd.sweep_group import WAIT_SECONDS, End, GroupSize, Meeting, Seat, find_member
@@ -120,7 +120,8 @@ class SweepTask:
         """Do a run, unless it is done; wait for it if a live process elsewhere does it.
 
         Returns:
-            Its final validation loss (nats per token); NaN in all but the first process of a job, whatever happens.
+            The number to be minimised (see `kd.outcome.objective`); NaN in all but the first process of a job, whatever
+            happens.
 
         Raises:
             Interrupted: if a signal stopped it or the sweep.
@@ -161,7 +162,7 @@ class SweepTask:
                 # Asked here, since the wait for a place may have been long.
                 result = None if job.overwrite else read_result(job.directory)
                 if result is not None:
-                    return float(result["val_loss"])
+                    return objective(result)
                 end = self._attempt(job, place, worker, meeting)
         return self._outcome(job, end, worker)
 
@@ -205,7 +206,7 @@ class SweepTask:
         result = _readable_result(job.directory) if end.code == 0 or not job.overwrite else None
         if result is not None:
             log.info("Finished %s: %s", job.directory.name, headline(result))
-            return float(result["val_loss"])
+            return objective(result)
         if end.was_stopped or end.explains_nothing:
             worker.check()
         if end.was_stopped:

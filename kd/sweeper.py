@@ -22,7 +22,7 @@ class GridSweeper(Sweeper):
         self.hydra_context, self.config = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> list[float]:
-        """Do the sweep; see `kd.sweep.run_sweep`.
+        """Do the sweep; return what `kd.sweep.run_sweep` does: of each run the number to be minimised.
 
         Raises:
             ConfigError: under torchrun, whose every process would do the sweep.

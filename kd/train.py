@@ -20,7 +20,7 @@ FULL_ERRORS = "HYDRA_FULL_ERROR"
 
 
 def task(values: DictConfig) -> float:
-    """Do one run; return its final validation loss in nats per token (what a Hydra sweeper minimises)."""
+    """Do one run; return what a Hydra sweeper minimises (see `kd.outcome.objective`)."""
     config = to_config(values)
     from kd.job import do_run  # here, so that --help and refusals do not wait for torch
 

@@ -41,9 +41,10 @@ class Sweep:
         *,
         test: bool = True,
         test_shift: float = 0.0,
+        curves: dict[str, Any] | None = None,
         **train: float | str,
     ) -> Path:
-        """Write a finished run whose expected loss is `loss`; return its directory."""
+        """Write a finished run whose expected loss is `loss`; return its directory. `curves` replaces series."""
         settings = f"alpha{alpha:g}" + (f"-temperature{temperature:g}" if alpha else "")
         digest = digest_of([settings, seed, train])[:8]
         directory = self.root / f"{settings}-seed{seed}-{digest}"
@@ -55,7 +56,32 @@ class Sweep:
         if test:
             tested = self._part(directory / "test_blocks.npy", loss + noise + test_shift)
             totals |= {"test_loss": tested, "test_ppl": math.exp(tested)}
-        self._write_files(directory, final, totals, _identity(alpha, temperature, seed, train))
+        self._write_files(directory, final, totals | (curves or {}), _identity(alpha, temperature, seed, train))
+        return directory
+
+    def prefer(
+        self,
+        trainer: str,
+        beta: float,
+        loss: float,
+        accuracy: float,
+        seed: int = 0,
+        other: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write a finished run on pairs of answers; return its directory. `other` stands in its identity instead."""
+        directory = self.root / f"{trainer}-beta{beta:g}-seed{seed}-{digest_of([other])[:8]}"
+        directory.mkdir(parents=True)
+        identity = _identity(0.0, 1, seed, {"beta": beta}) | {"trainer": trainer, "max_eval_examples": None}
+        del identity["train"]["alpha"], identity["seq_len"], identity["max_eval_blocks"]
+        measured = {"loss": loss, "reward_accuracy": accuracy, "log_ratio_margin": 3.0}
+        final = {f"val_{name}": value for name, value in measured.items()}
+        totals = {f"test_{name}": value for name, value in measured.items()}
+        totals |= {"tokens": 1000, "flops": 1e9, "parameters": 500}
+        history = {"val_step": [2], **{name: [value] for name, value in final.items()}, **totals}
+        environment = {"identity": identity | (other or {}), "process": {"arguments": ["train=dpo"]}}
+        result = {"state": "done", "steps": 2, **final, **totals}
+        for name, value in (("history", history), ("result", result), ("environment", environment)):
+            (directory / f"{name}.json").write_text(json.dumps(value))
         return directory
 
     def _part(self, path: Path, loss: float) -> float:
@@ -90,7 +116,8 @@ class Sweep:
 
 
 def _identity(alpha: float, temperature: float, seed: int, train: dict[str, float | str]) -> dict[str, Any]:
-    values: dict[str, float | str] = {"alpha": alpha, "learning_rate": 3e-3, "gradient_clip": CLIP, **train}
+    values: dict[str, float | str] = {"alpha": alpha, "learning_rate": 3e-3, "gradient_clip": CLIP}
+    values |= {"warmup_steps": 20, **train}
     if alpha:
         values["temperature"] = temperature
     return {

@@ -1,13 +1,16 @@
 """The answer of a sweep: chosen on validation, quoted from the test part, and in words where the data say nothing."""
 
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from kd.analysis import Comparison, Runs, compare, compare_pair, load_runs, verdict
+from kd.analysis import Comparison, Runs, best_of, compare, compare_pair, load_runs, verdict
+from kd.analysis.tables import settings_table
 from kd.errors import DataError
 from kd.files import read_json
 
@@ -100,24 +103,32 @@ def test_two_learning_rates_each_have_their_baseline() -> None:
 # --- what the data do not say -------------------------------------------------------------------------------------
 
 
-def test_one_seed_speaks_of_that_seed_only() -> None:
-    make_grid(Sweep(documents=20), seeds=1)
-    _, comparison, words = outcome()
-    assert "Another seed may rank them differently" in words
-    assert comparison.has_set
-    row = row_of(comparison, "alpha 0")
-    assert row["low"] < row["difference"] < row["high"]
-    assert math.isnan(row["half_by_seeds"])
-
-
-def test_one_seed_and_few_documents_have_no_interval() -> None:
-    make_grid(Sweep(documents=3), seeds=1)
+@pytest.mark.parametrize("documents", [3, 20])
+def test_one_seed_calls_nothing_worse(documents: int) -> None:
+    make_grid(Sweep(documents=documents), seeds=1)
     _, comparison, words = outcome()
     assert not comparison.has_set
     assert comparison.equals == []
-    assert comparison.settings["low"].isna().all()
-    assert "no interval and no set of equals is given" in words
+    assert comparison.settings[["low", "high", "baseline_low", "baseline_high"]].isna().all(axis=None)
+    assert [row[1] for row in settings_table(comparison).rows] == ["lowest", "-", "-", "-", "-"]
+    assert "another seed may rank them differently" in words
     assert "cannot say" in words
+
+
+def test_the_verdict_and_the_interval_beside_it_agree() -> None:
+    """Near and far differences, two seeds to four, few documents and many: worse means above 0, equal means not."""
+    for number in range(12):
+        random = np.random.default_rng(number)
+        sweep = Sweep(Path(f"outputs/made{number}"), documents=int(random.integers(3, 20)), random=random)
+        sweep.seed_spread = float(random.choice([0.001, 0.01]))
+        for alpha in (0.0, 0.3, 0.5, 1.0):
+            loss = 4.5 + random.normal(0, 0.02)
+            for seed in range(2 + number % 3):
+                sweep.add(alpha, 1, loss, seed)
+        comparison = compare(load_runs(sweep.root))
+        for row in comparison.settings[~comparison.settings["is_best"]].to_dict("records"):
+            assert row["low"] < row["difference"] < row["high"]
+            assert row["in_set"] == (row["low"] <= 0)
 
 
 def test_unknown_documents_are_not_guessed() -> None:
@@ -130,13 +141,13 @@ def test_unknown_documents_are_not_guessed() -> None:
     _, comparison, words = outcome()
     assert comparison.has_set
     assert "does not say which blocks are of one document" in words
-    assert comparison.settings["half_by_documents"].isna().all()
+    assert "alone; the documents are not counted" in words
 
 
 def test_blocks_that_do_not_pair_are_not_paired() -> None:
     sweep = Sweep()
     make_grid(sweep, seeds=2)
-    path = next(sweep.root.glob("alpha1-*seed1*")) / "val_blocks.npy"
+    path = next(sweep.root.glob("alpha1-*seed1*")) / "test_blocks.npy"
     table = np.load(path)
     table["document"] = table["document"][::-1].copy()
     np.save(path, table)
@@ -183,7 +194,7 @@ def test_equal_losses() -> None:
         for seed in range(2):
             sweep.add(alpha, 1, 4.5, seed)
     _, comparison, words = outcome()
-    assert "All validation losses are equal" in words
+    assert "All losses are equal" in words
     assert not comparison.has_set
     assert comparison.settings["low"].isna().all()
 
@@ -258,3 +269,145 @@ def test_an_unknown_run_is_named() -> None:
     Sweep().add(0.0, 1, 5.0)
     with pytest.raises(DataError, match="nowhere is not among the finished runs"):
         compare_pair(load_runs("outputs"), "nowhere", "nowhere")
+
+
+# --- each at its own best -----------------------------------------------------------------------------------------
+
+
+RATES = (0.001, 0.003, 0.01)
+
+
+def make_recipes(sweep: Sweep, seeds: int = 3) -> None:
+    """Write a grid in which alpha 1 is best at the middle rate and alpha 0 at the lowest, far behind."""
+    for rate, away in zip(RATES, (0.3, 0.0, 0.4), strict=True):
+        for warmup in (20, 100):
+            for seed in range(seeds):
+                late = 0.1 if warmup == 20 else 0.0
+                arms = ((0.0, 1, 4.8 + abs(away - 0.3)), (1.0, 1, 4.2 + away), (1.0, 2, 4.5 + away))
+                for alpha, temperature, loss in arms:
+                    sweep.add(alpha, temperature, loss + late, seed, learning_rate=rate, warmup_steps=warmup)
+
+
+def test_each_arm_stands_at_its_own_best() -> None:
+    make_recipes(Sweep(documents=20))
+    comparison = best_of(load_runs("outputs"), ["learning_rate", "warmup_steps"])
+    words = " ".join(verdict(comparison))
+    assert dict(zip(comparison.settings["label"], comparison.settings["best_at"], strict=True)) == {
+        "alpha 0": "learning_rate 0.001, warmup_steps 100",
+        "alpha 1, T 1": "learning_rate 0.003, warmup_steps 100",
+        "alpha 1, T 2": "learning_rate 0.003, warmup_steps 100",
+    }
+    assert comparison.nuisance == ["learning_rate", "train.warmup_steps"]
+    assert len(comparison.tried) == 18
+    row = row_of(comparison, "alpha 1, T 1")
+    assert row["baseline_difference"] == pytest.approx(-0.6, abs=0.05)
+    assert row["baseline_low"] < row["baseline_difference"] < row["baseline_high"] < 0
+    assert (
+        "Lowest validation loss of 3 settings, each at its own best learning_rate and warmup_steps: alpha 1, T 1"
+        in words
+    )
+    assert "the best of 18 combinations" in words
+    assert len(comparison.directories) == 9
+    assert comparison.table().shape == (2, 3)
+    assert comparison.sensitivity().shape == (12, 3)
+
+
+def test_the_choice_makes_intervals_wider() -> None:
+    make_recipes(Sweep(documents=20))
+    runs = load_runs("outputs")
+    counted = row_of(best_of(runs, ["learning_rate", "warmup_steps"]), "alpha 1, T 2")
+    at_best = (runs.runs["learning_rate"] == 0.003) & (runs.runs["train.warmup_steps"] == "100")
+    alone = row_of(compare(replace(runs, runs=runs.runs[at_best], varied=[])), "alpha 1, T 2")
+    assert counted["high"] - counted["difference"] > alone["high"] - alone["difference"]
+
+
+def test_a_nuisance_without_choice_changes_nothing() -> None:
+    make_grid(Sweep())
+    runs = load_runs("outputs")
+    comparison = best_of(runs, ["learning_rate", "train.warmup_steps", "learning_rate"])
+    pd.testing.assert_frame_equal(comparison.settings, compare(runs).settings)
+    assert comparison.notes[0] == "All runs have the same learning_rate: there is no best value of it to choose."
+
+
+def test_a_value_with_fewer_seeds_is_not_chosen() -> None:
+    sweep = Sweep(document_spread=0.0, seed_spread=0.0)
+    for seed in range(2):
+        sweep.add(1.0, 1, 4.5, seed, learning_rate=0.001)
+        sweep.add(0.0, 1, 5.0, seed, learning_rate=0.001)
+    sweep.add(1.0, 1, 4.0, 0, learning_rate=0.003)
+    assert row_of(best_of(load_runs("outputs"), ["learning_rate"]), "alpha 1, T 1")["seeds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("seed", "cannot be a nuisance setting"), ("warm_up", "is no setting of these runs. They differ in: alpha")],
+)
+def test_a_nuisance_that_is_none_is_refused(name: str, reason: str) -> None:
+    make_grid(Sweep(), seeds=1)
+    with pytest.raises(DataError, match=reason):
+        best_of(load_runs("outputs"), [name])
+
+
+# --- what does not compare is not ranked ----------------------------------------------------------------------------
+
+
+def test_preferences_are_chosen_by_what_does_not_depend_on_beta() -> None:
+    sweep = Sweep()
+    for seed in range(3):
+        sweep.prefer("dpo", 0.1, 0.62 + seed / 100, 0.9 + seed / 100, seed)
+        sweep.prefer("dpo", 1.0, 0.20 + seed / 100, 0.7 + seed / 100, seed)
+    _, comparison, words = outcome()
+    assert comparison.best is not None
+    assert comparison.best["label"] == "dpo, train.beta 0.1"
+    assert "Best validation reward accuracy of 2 settings: dpo, train.beta 0.1 (test reward accuracy 0.91" in words
+    other = row_of(comparison, "dpo, train.beta 1.0")
+    assert other["difference"] == pytest.approx(0.2)
+    assert "nats" not in words
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"trainer": "orpo"},
+        {"corpus": "d" * 64},
+        {"tokenizer": "u" * 64},
+        {"max_eval_examples": 16},
+        {"model": {"hidden_size": 32, "max_seq_len": 48}},
+        {"init_from": "f" * 64},
+        {"train": {"beta": 0.1, "precision": "bfloat16"}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_examples_scored_by_another_measure_are_not_ranked(other: dict[str, Any]) -> None:
+    sweep = Sweep()
+    for seed in range(2):
+        sweep.prefer("dpo", 0.1, 0.6, 0.8, seed)
+    sweep.prefer("dpo", 0.1, 0.6, 0.99, 0, other)
+    _, comparison, words = outcome()
+    assert "left out: 1 of 3 finished runs" in words
+    assert comparison.settings["val_reward_accuracy"].tolist() == [0.8]
+
+
+def test_rewards_of_other_answers_are_not_ranked() -> None:
+    sweep = Sweep()
+    for reward in ("exact_text", "exact_answer"):
+        sweep.prefer("grpo", 0.1, 0.6, 0.8, 0, {"train": {"reward": reward, "max_new_tokens": 8}})
+    assert load_runs("outputs").runs["evaluation"].nunique() == 2
+
+
+def test_text_compares_between_pretraining_and_distillation_but_not_in_another_precision_or_block_length() -> None:
+    sweep = Sweep()
+    distilled, pretrained, rounded = (sweep.add(0.0, 1, 5.0, seed) for seed in range(3))
+    shorter = sweep.add(0.0, 1, 5.0, 3)
+
+    def change(directory: Path, **values: Any) -> None:
+        record = read_json(directory / "environment.json")
+        record["identity"] |= values
+        (directory / "environment.json").write_text(json.dumps(record))
+
+    change(pretrained, trainer="pretrain", model={"hidden_size": 32, "max_seq_len": 64})
+    change(rounded, train={"alpha": 0.0, "precision": "bfloat16"})
+    change(shorter, seq_len=16)
+    found = load_runs("outputs").runs.set_index("directory")["evaluation"]
+    assert found[str(distilled)] == found[str(pretrained)]
+    assert len(set(found)) == 3

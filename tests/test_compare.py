@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kd.analysis import load_runs
-from kd.analysis.plots import heatmap
+from kd.analysis.plots import heatmap, kl_against_cross_entropy, learning_curves
 from kd.analysis.report import write_report
 from kd.compare import compare
 from kd.files import read_json
@@ -151,3 +152,41 @@ def test_analysis_needs_no_torch_and_help_no_pandas() -> None:
     program = "import sys, kd.compare; print('pandas' in sys.modules)"
     command = [sys.executable, "-c", program]
     assert subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_best_of_goes_beside_the_report_of_all_settings() -> None:
+    sweep = Sweep()
+    make_grid(sweep, seeds=2, learning_rate=0.001)
+    make_grid(sweep, seeds=2, learning_rate=0.003)
+    whole = write_report(sweep.root).directory / "report.md"
+    before = whole.read_text()
+    text = compare(["outputs/made", "--best-of", "learning_rate,warmup_steps"])
+    assert "of 5 settings, each at its own best learning_rate: alpha 1, T" in text
+    assert "All runs have the same warmup_steps" in text
+    assert "Before you rely on this:\n- The best learning_rate is the largest or smallest" in text
+    assert "The best learning_rate is" in (whole.parent / "best_of" / "report.html").read_text()
+    assert "Sensitivity" in (whole.parent / "best_of" / "report.md").read_text()
+    assert whole.read_text() == before
+    assert load_runs("outputs").problems == []
+
+
+def test_pictures_show_only_runs_that_were_compared() -> None:
+    """Two runs on other text, one of them of a higher loss, must not move a curve or stand among the points."""
+    sweep = Sweep()
+    make_grid(sweep, seeds=2)
+
+    def drawn() -> list[list[float]]:
+        report = write_report(sweep.root)
+        curves = learning_curves(report.runs, report.comparison)
+        points = kl_against_cross_entropy(report.runs, report.comparison)
+        assert curves is not None
+        assert points is not None
+        lines = [list(map(float, line.get_ydata())) for axis in curves.axes for line in axis.lines]  # type: ignore[arg-type]
+        return [*lines, [float(len(dots.get_offsets())) for axis in points.axes for dots in axis.collections]]
+
+    before = drawn()
+    for number, change in enumerate(({"corpus": "d" * 64}, {"trainer": "pretrain", "seq_len": 64})):
+        path = sweep.add(1.0, 1, 9.0, seed=7 + number) / "environment.json"
+        record = read_json(path)
+        path.write_text(json.dumps(record | {"identity": record["identity"] | change}))
+    assert drawn() == before

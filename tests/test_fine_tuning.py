@@ -130,11 +130,11 @@ def test_another_setting_of_data_or_trainer_is_another_run(stage: str, pretraine
 
 
 @pytest.mark.slow
-def test_a_sweep_of_another_trainers_knob_is_compared_by_its_loss(pretrained: Path) -> None:
+def test_a_sweep_of_another_trainers_knob_is_compared_by_what_it_does_not_scale(pretrained: Path) -> None:
     outcome = finish("-m", *command("dpo", pretrained, "train.beta=0.05,0.2", "seed=0,1"))
-    assert outcome.output.count("done         validation loss 0.69") == 4
-    assert "Lowest validation loss of 2 settings: dpo, train.beta 0." in outcome.output
-    assert "(test loss 0.69" in outcome.output
+    assert outcome.output.count("done         validation reward accuracy 0.") == 4
+    assert "Best validation reward accuracy of 2 settings: dpo, train.beta 0." in outcome.output
+    assert "(test reward accuracy " in outcome.output
     assert "nan" not in outcome.output
 
 

@@ -1,8 +1,8 @@
 """The answer of a sweep: which setting is best, what cannot be told from it, how sure that is, what it cost.
 
-The validation part chooses; the numbers that are quoted come from the test part where there is one, so that the text
-on which the best looked best is not the text that reports it. (The seeds are the same in both: that part of a winner's
-luck remains.)
+The validation part chooses; the numbers that are quoted, and the intervals and verdicts beside them, come from the test
+part where there is one, so that the text on which the best looked best is not the text that reports it. (The seeds are
+the same in both: that part of a winner's luck the simultaneous intervals count.)
 """
 
 import math
@@ -14,24 +14,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kd.analysis.arms import USUAL_NUISANCE, arms_of, find_nuisance, short_name
 from kd.analysis.evidence import PARTS, Part, collect, comparable_runs, has_part, setting_columns
 from kd.analysis.loading import Runs
+from kd.analysis.soundness import warnings_of
 from kd.analysis.statistics import (
     LEVEL,
-    BestSet,
+    Arm,
     Differences,
     Interval,
+    arm_interval,
     document_interval,
-    equals_of_the_best,
-    interval_parts,
     paired_differences,
-    setting_interval,
+    simultaneous_bounds,
 )
 from kd.errors import DataError
 
-WITH_SPREAD = ("val_loss", "val_ppl", "test_loss", "test_ppl")
-MEANS = ("val_kl", "val_agreement", "val_bits_per_byte", "teacher_val_ppl", "clip_rate")
+WITH_SPREAD = (
+    *("val_objective", "val_loss", "val_ppl", "val_reward_accuracy"),
+    *("test_objective", "test_loss", "test_ppl", "test_reward_accuracy"),
+)
+MEANS = ("val_kl", "val_agreement", "val_bits_per_byte", "val_log_ratio_margin", "teacher_val_ppl", "clip_rate")
 COSTS = ("tokens", "flops", "wall_seconds", "parameters")
+UNITS = {"ppl": "nats per token", "loss": "in units of the loss", "reward_accuracy": "share of pairs ranked wrongly"}
 EQUAL = 1e-9
 SMALLEST_GAP = 0.02
 """Nats per token, 2 % of perplexity: no share is given of a smaller gap between baseline and teacher."""
@@ -39,14 +44,15 @@ SMALLEST_GAP = 0.02
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found."""
+    """What `compare` or `best_of` found."""
 
     settings: pd.DataFrame
-    """A row a setting: means and `_sd` over seeds, cost, `gap_closed`, `is_best`, `in_set`, and the differences in loss
-    to the best and to the baseline (nats per token, positive is worse) with their intervals."""
+    """A row a setting (of `best_of` an arm, at its best nuisance values): means and `_sd` over seeds, cost,
+    `gap_closed`, `is_best`, `in_set`, and the differences in what chooses (`kd.outcome.objective`; positive is worse)
+    to the best and to the baseline, with simultaneous intervals: `in_set` is false where that to the best is above
+    0."""
     part: str
     """Which part the differences and quoted numbers are of: test or validation."""
-    validation: Part | None
     quoted: Part | None
     panels: list[str]
     """Columns, beside alpha and temperature, in which the settings differ."""
@@ -54,6 +60,16 @@ class Comparison:
     """Whether the data say how sure the choice is."""
     notes: list[str]
     """What was left out of the comparison, and why."""
+    warnings: list[str]
+    """What makes the answer unsafe, whatever its intervals say."""
+    tried: pd.DataFrame
+    """A row a setting, those of nuisance values that were not chosen too."""
+    nuisance: list[str]
+    """Columns in which each arm is at its best value; empty for `compare`."""
+    directories: list[str]
+    """The runs behind `settings`."""
+    evaluation: str
+    """What they are scored on, as in `Runs.runs`."""
 
     @property
     def best(self) -> "pd.Series[Any] | None":
@@ -63,8 +79,14 @@ class Comparison:
 
     @property
     def measure(self) -> str:
-        """What numbers are quoted in: `ppl`, or `loss` for trainers that have no perplexity."""
-        return "ppl" if self.settings["val_ppl"].notna().any() else "loss"
+        """What numbers are quoted in: `ppl`, `reward_accuracy`, or `loss` for trainers that have neither."""
+        known = (name for name in ("ppl", "reward_accuracy") if self.settings[f"val_{name}"].notna().any())
+        return next(known, "loss")
+
+    @property
+    def unit(self) -> str:
+        """What differences are in."""
+        return UNITS[self.measure]
 
     @property
     def column(self) -> str:
@@ -84,19 +106,29 @@ class Comparison:
         Args:
             value: Column to show; `column` if None.
         """
-        name = value or self.column
-        frame = self.settings[self.settings["alpha"].notna()].copy() if len(self.settings) else self.settings
-        if frame.empty:
-            return pd.DataFrame()
-        frame["shown"] = [
-            f"{mean:.4g}" + ("" if math.isnan(sd) else f" +- {sd_text(sd)}")
-            for mean, sd in zip(frame[name], frame[f"{name}_sd"], strict=True)
-        ]
-        frame["temperature"] = frame["temperature"].map(lambda value: "-" if math.isnan(value) else f"T={value:g}")
-        rows = [*self.panels, "alpha"]
-        order = ["-", *(f"T={value:g}" for value in sorted(self.settings["temperature"].dropna().unique()))]
-        table = frame.pivot_table(index=rows, columns="temperature", values="shown", aggfunc="first")
-        return table.reindex(columns=[column for column in order if column in table.columns]).fillna("")
+        return _grid(self.settings, self.panels, value or self.column)
+
+    def sensitivity(self, value: str = "val_ppl") -> pd.DataFrame:
+        """Return what each arm reaches at each value of the nuisance settings, as text: mean +- SD over seeds.
+
+        Args:
+            value: Column to show. The validation part's by default: it is what chose.
+        """
+        return _grid(self.tried, [*self.nuisance, *self.panels], value)
+
+
+def _grid(settings: pd.DataFrame, panels: list[str], name: str) -> pd.DataFrame:
+    frame = settings[settings["alpha"].notna()].copy() if len(settings) else settings
+    if frame.empty:
+        return pd.DataFrame()
+    frame["shown"] = [
+        f"{mean:.4g}" + ("" if math.isnan(sd) else f" +- {sd_text(sd)}")
+        for mean, sd in zip(frame[name], frame[f"{name}_sd"], strict=True)
+    ]
+    frame["temperature"] = frame["temperature"].map(lambda value: "-" if math.isnan(value) else f"T={value:g}")
+    order = ["-", *(f"T={value:g}" for value in sorted(settings["temperature"].dropna().unique()))]
+    table = frame.pivot_table(index=[*panels, "alpha"], columns="temperature", values="shown", aggfunc="first")
+    return table.reindex(columns=[column for column in order if column in table.columns]).fillna("")
 
 
 @dataclass(frozen=True)
@@ -114,27 +146,85 @@ def compare(runs: Runs, level: float = LEVEL) -> Comparison:
 
     Args:
         runs: What `load_runs` returned.
-        level: Coverage of each interval, and probability that the truly best setting is among the equals.
+        level: Probability that all intervals hold together, and with them that the truly best setting is the best shown
+            or among its equals.
+    """
+    return _compare(runs, [], level, [])
+
+
+def best_of(runs: Runs, nuisance: Sequence[str], level: float = LEVEL) -> Comparison:
+    """Compare alpha, temperature and all else that differs, each arm at its own best value of the nuisance settings.
+
+    The best value is the one of the lowest mean on the validation part. That it was picked for being lowest is counted:
+    the intervals are of the difference between arms each at its *truly* best value among those tried, whichever that
+    is, and hold together (see `kd.analysis.statistics.arm_interval`). The more values were tried, the wider they are.
+
+    Args:
+        runs: What `load_runs` returned.
+        nuisance: Settings that must be right but are not the question, like `learning_rate` and `warmup_steps`.
+        level: As for `compare`.
+
+    Raises:
+        DataError: if a name is not a setting of these runs, or is what repeats them (seed) or the trainer.
     """
     notes: list[str] = []
+    return _compare(runs, find_nuisance(runs, nuisance, notes), level, notes)
+
+
+def _compare(runs: Runs, nuisance: list[str], level: float, notes: list[str]) -> Comparison:
     frame = comparable_runs(runs, notes)
+    empty = pd.DataFrame()
     if frame.empty:
-        return Comparison(pd.DataFrame(), "validation", None, None, [], False, [*notes, "No run is finished yet."])
-    panels = _panels(runs, frame)
+        notes.append("No run is finished yet.")
+        return Comparison(empty, "validation", None, [], False, notes, [], empty, nuisance, [], "")
     columns = setting_columns(runs)
+    varied = _panels(runs, frame)
+    panels = [name for name in varied if name not in nuisance]
     groups = [group for _, group in frame.groupby(columns, dropna=False, sort=True)]
-    settings = pd.DataFrame([_summary(group, columns, panels) for group in groups])
+    tried = pd.DataFrame([_summary(group, columns, panels, nuisance) for group in groups])
+    arms = arms_of(tried, [name for name in columns if name not in nuisance])
     part = "test" if has_part(frame, "test") else "validation"
-    validation, quoted = collect(runs, groups, "validation"), collect(runs, groups, part)
-    best_set = _choose(validation, level, notes)
-    chosen = best_set.best if best_set else int(np.argmin(settings["val_loss"]))
-    settings["is_best"] = np.arange(len(settings)) == chosen
-    settings["in_set"] = best_set.inside if best_set else settings["is_best"]
+    quoted = collect(runs, groups, part)
+    settings, has_set = _judged(tried, arms, quoted, panels, level, notes)
+    directories = [name for arm in arms for name in groups[arm.chosen]["directory"]]
+    warnings = warnings_of(runs, tried, arms, frame, nuisance)
+    if recipe := [name for name in USUAL_NUISANCE if name in panels]:
+        names = ",".join(map(short_name, recipe))
+        notes.append(f"Each setting stands at its own {names}: --best-of {names} compares the others at their best.")
+    evaluation = str(frame["evaluation"].iloc[0])
+    return Comparison(
+        settings, part, quoted, panels, has_set, notes, warnings, tried, nuisance, directories, evaluation
+    )
+
+
+def _judged(
+    tried: pd.DataFrame, arms: Sequence[Arm], part: Part, panels: Sequence[str], level: float, notes: list[str]
+) -> tuple[pd.DataFrame, bool]:
+    """Return the arms' rows with differences, intervals and verdicts, and whether there are verdicts."""
+    settings = tried.iloc[[arm.chosen for arm in arms]].reset_index(drop=True)
+    best = int(np.argmin(settings[PARTS["validation"]]))
+    settings["is_best"] = np.arange(len(settings)) == best
+    differences = paired_differences(part.scores, [arm.members for arm in arms] if len(arms) < len(tried) else [])
+    bounds = simultaneous_bounds(differences, len(arms), level)
+    has_set = _is_told(part, differences, notes)
+
+    def add(prefix: str, references: Sequence[int | None]) -> None:
+        rows = [
+            Interval(math.nan)
+            if reference in (None, row)
+            else arm_interval(differences, bounds, arms[row], arms[reference])
+            for row, reference in enumerate(references)
+        ]
+        settings[f"{prefix}difference"] = [interval.estimate for interval in rows]
+        settings[f"{prefix}low"] = [interval.low for interval in rows]
+        settings[f"{prefix}high"] = [interval.high for interval in rows]
+
     baselines = _baselines(settings, panels)
-    _add_differences(settings, "", quoted, [chosen] * len(settings), level)
-    _add_differences(settings, "baseline_", quoted, baselines, level)
+    add("", [best] * len(settings))
+    add("baseline_", baselines)
+    settings["in_set"] = ~(settings["low"] > 0) if has_set else settings["is_best"]
     settings["gap_closed"] = [_gap_closed(settings, row, baselines[row]) for row in range(len(settings))]
-    return Comparison(settings, part, validation, quoted, panels, best_set is not None, notes)
+    return settings, has_set
 
 
 def _panels(runs: Runs, frame: pd.DataFrame) -> list[str]:
@@ -145,13 +235,20 @@ def _panels(runs: Runs, frame: pd.DataFrame) -> list[str]:
     return panels
 
 
-def _summary(group: pd.DataFrame, columns: Sequence[str], panels: Sequence[str]) -> dict[str, object]:
+def _summary(
+    group: pd.DataFrame, columns: Sequence[str], panels: Sequence[str], nuisance: Sequence[str]
+) -> dict[str, object]:
     first = group.iloc[0]
     row: dict[str, object] = {"label": setting_label(first, panels), **{name: first[name] for name in columns}}
+    row["best_at"] = ", ".join(f"{short_name(name)} {_plain(first[name])}" for name in nuisance)
     row["seeds"] = len(group)
     for name in WITH_SPREAD:
         row[name], row[f"{name}_sd"] = group[name].mean(), group[name].std(ddof=1)
     return row | {name: group[name].mean() for name in (*MEANS, *COSTS)}
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def sd_text(value: float) -> str:
@@ -169,31 +266,29 @@ def setting_label(row: "pd.Series[Any]", panels: Sequence[str]) -> str:
     )
 
 
-def _choose(part: Part, level: float, notes: list[str]) -> BestSet | None:
+def _is_told(part: Part, differences: Differences, notes: list[str]) -> bool:
+    """Return whether the data can tell settings apart at all; notes say what is missing."""
     losses = part.scores.losses
     if len(losses) < 2:
-        return None
+        return False
     spread = float(np.nanmax(losses) - np.nanmin(losses))
     if spread <= EQUAL * abs(float(np.nanmean(losses))):
-        notes.append(
-            "All validation losses are equal: there is nothing to tell apart. Are these really different runs?"
-        )
-        return None
-    differences = paired_differences(part.scores)
+        notes.append("All losses are equal: there is nothing to tell apart. Are these really different runs?")
+        return False
     if (differences.seeds == 0).any():
         notes.append("Some settings share no seed, so these cannot be compared in pairs: run all with the same seeds.")
     if len(set(np.isfinite(losses).sum(axis=1))) > 1:
         notes.append(
             "Settings have different numbers of seeds (runs are missing or failed), so their means are over different "
-            "seeds. Differences use the seeds that a pair shares; with only one, their intervals count documents alone."
+            "seeds. Differences use the seeds that a pair shares."
         )
     if part.reason:
         notes.append(f"Documents are not counted as a source of noise: {part.reason}.")
     errors = np.concatenate([differences.pooled_error.ravel(), differences.document_error.ravel()])
-    if not np.nansum(errors):
+    if differences.pooled_freedom and not np.nansum(errors):
         notes.append("All seeds and all documents agree to the last digit: there is no noise to measure against.")
-        return None
-    return equals_of_the_best(losses, differences, level)
+        return False
+    return differences.pooled_freedom > 0
 
 
 def _baselines(settings: pd.DataFrame, panels: Sequence[str]) -> list[int | None]:
@@ -201,33 +296,6 @@ def _baselines(settings: pd.DataFrame, panels: Sequence[str]) -> list[int | None
     keys = [name for name in panels if name not in ("teacher", "trainer")]
     plain = {tuple(settings.loc[row, keys]): row for row in settings.index[settings["alpha"] == 0]}
     return [plain.get(tuple(settings.loc[row, keys])) for row in settings.index]
-
-
-def _add_differences(
-    settings: pd.DataFrame, prefix: str, part: Part, references: Sequence[int | None], level: float
-) -> None:
-    """Add columns for the difference in loss of each setting to its reference, with its interval."""
-    differences = paired_differences(part.scores)
-    rows: list[tuple[float, ...]] = []
-    for row, reference in enumerate(references):
-        if reference is None or reference == row:
-            rows.append((math.nan,) * 5)
-            continue
-        interval = _interval(part, differences, row, reference, level)
-        halves = interval_parts(differences, row, reference, level)
-        rows.append((interval.estimate, interval.low, interval.high, *(half or math.nan for half in halves)))
-    names = ("difference", "low", "high", "half_by_seeds", "half_by_documents")
-    for name, values in zip(names, zip(*rows, strict=True), strict=True):
-        settings[prefix + name] = values
-
-
-def _interval(part: Part, differences: Differences, row: int, reference: int, level: float) -> Interval:
-    """With one seed the documents alone speak, and are drawn anew; else seeds and documents are joined."""
-    nll, tokens = part.scores.document_nll, part.scores.document_tokens
-    one_seed = np.isfinite(part.scores.losses).sum(axis=1).max() == 1 and differences.seeds[row, reference] == 1
-    if one_seed and nll is not None and tokens is not None:
-        return document_interval(nll[row] - nll[reference], tokens, level)
-    return setting_interval(differences, row, reference, level)
 
 
 def _gap_closed(settings: pd.DataFrame, row: int, baseline: int | None) -> float:
@@ -271,7 +339,7 @@ def compare_pair(runs: Runs, first: str | Path, second: str | Path, level: float
 
 
 def _find(runs: Runs, name: str) -> "pd.Series[Any]":
-    frame = runs.runs[(runs.runs["state"] == "done") & runs.runs["val_loss"].notna()]
+    frame = runs.runs[(runs.runs["state"] == "done") & runs.runs["val_objective"].notna()]
     found = frame[(frame["directory"] == name.rstrip("/")) | (frame["run"] == Path(name).name)]
     if found.empty:
         raise DataError(f"{name} is not among the finished runs: {', '.join(frame['run'][:10]) or 'there are none'}.")

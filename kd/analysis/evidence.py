@@ -12,7 +12,7 @@ from kd.analysis.blocks import Blocks
 from kd.analysis.loading import Runs
 from kd.analysis.statistics import MIN_DOCUMENTS, Scores
 
-PARTS = {"validation": "val_loss", "test": "test_loss"}
+PARTS = {"validation": "val_objective", "test": "test_objective"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def setting_columns(runs: Runs) -> list[str]:
 
 def comparable_runs(runs: Runs, notes: list[str]) -> pd.DataFrame:
     """Return the runs that can be compared with each other: done, scored on the same tokens, one a setting and seed."""
-    done = runs.runs[(runs.runs["state"] == "done") & runs.runs["val_loss"].notna() & runs.runs["seed"].notna()]
+    done = runs.runs[(runs.runs["state"] == "done") & runs.runs["val_objective"].notna() & runs.runs["seed"].notna()]
     if done.empty:
         return done
     evaluations = done["evaluation"].value_counts()
@@ -42,7 +42,7 @@ def comparable_runs(runs: Runs, notes: list[str]) -> pd.DataFrame:
     if len(kept) < len(done):
         others = ", ".join(sorted(done[done["evaluation"] != evaluations.index[0]]["directory"])[:3])
         notes.append(
-            f"Scored on other text, tokens or block lengths, where perplexity means something else, and left out: "
+            "Scored on other data or by another measure, where numbers mean something else, and left out: "
             f"{len(done) - len(kept)} of {len(done)} finished runs "
             f"({others}{', ...' if len(done) - len(kept) > 3 else ''})."
         )

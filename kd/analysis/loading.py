@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from kd.analysis.reading import FINAL, RESULT_ONLY, TOTALS, RunFiles, is_run, read_run
+from kd.analysis.reading import FINAL, OBJECTIVES, RESULT_ONLY, TOTALS, RunFiles, is_run, read_run
 from kd.errors import DataError, ResourceError
 from kd.runs import OUTPUTS
 
@@ -15,7 +15,7 @@ DEPTH = 3
 """Folders between the given one and a run, at most."""
 AXES = ("trainer", "alpha", "temperature", "learning_rate", "seed")
 NOT_SETTINGS = ("schema", *AXES)
-MEASURED = (*FINAL, *RESULT_ONLY, *TOTALS, "wall_seconds", "clip_rate")
+MEASURED = (*FINAL, *OBJECTIVES, *RESULT_ONLY, *TOTALS, "wall_seconds", "clip_rate")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def all_plots(runs: Runs, comparison: Comparison) -> dict[str, bytes]:
         figures |= {
             "heatmap": heatmap(runs, comparison) if settings["alpha"].notna().any() else None,
             "temperature": by_temperature(runs, comparison) if settings["temperature"].notna().any() else None,
-            "kl_against_cross_entropy": kl_against_cross_entropy(runs),
+            "kl_against_cross_entropy": kl_against_cross_entropy(runs, comparison),
             "clip_rate": clip_rate(comparison),
         }
     return {name: png(figure) for name, figure in figures.items() if figure is not None}
@@ -48,7 +48,7 @@ def all_plots(runs: Runs, comparison: Comparison) -> dict[str, bytes]:
 def _panels(runs: Runs, comparison: Comparison) -> list[Panel]:
     """Split settings and runs by all that varies beside alpha and temperature; a baseline belongs to each teacher."""
     keys = comparison.panels
-    settings, every = comparison.settings, runs.runs
+    settings, every = comparison.settings, _scored_alike(runs, comparison)
     if not keys:
         return [("", settings, every)]
     # A baseline has no teacher, so it makes no panel of its own where teachers differ.
@@ -59,6 +59,19 @@ def _panels(runs: Runs, comparison: Comparison) -> list[Panel]:
         title = ", ".join(f"{name} {value}" for name, value in wanted.items())
         panels.append((title, _matching(settings, wanted), _matching(every, wanted)))
     return panels
+
+
+def _scored_alike(runs: Runs, comparison: Comparison) -> pd.DataFrame:
+    """Return the runs that are, or may come to be, part of the comparison."""
+    every = runs.runs
+    alike: pd.DataFrame = every[(every["evaluation"] == comparison.evaluation) | (every["evaluation"] == "")]
+    return alike if len(comparison.settings) else every
+
+
+def _compared(runs: Runs, comparison: Comparison) -> pd.DataFrame:
+    """Return the runs behind the comparison's numbers."""
+    chosen: pd.DataFrame = runs.runs[runs.runs["directory"].isin(comparison.directories)]
+    return chosen
 
 
 def _matching(frame: pd.DataFrame, wanted: dict[str, object]) -> pd.DataFrame:
@@ -92,7 +105,7 @@ def heatmap(runs: Runs, comparison: Comparison) -> Figure:
     """Draw perplexity by alpha and temperature: the best and its equals framed, missing and failed cells hatched."""
     column, part = _quoted(comparison)
     panels = [panel for panel in _panels(runs, comparison) if panel[1]["alpha"].notna().any()]
-    every = runs.runs
+    every = _scored_alike(runs, comparison)
     temperatures = sorted(every.loc[every["alpha"] > 0, "temperature"].dropna().unique())
     alphas = sorted(every["alpha"].dropna().unique())
     width, height = max(5.5, 1.7 + 1.45 * max(len(temperatures), 1)), 1.9 + 0.75 * len(alphas)
@@ -187,7 +200,7 @@ def by_temperature(runs: Runs, comparison: Comparison) -> Figure:
     column, part = _quoted(comparison)
     panels = [panel for panel in _panels(runs, comparison) if panel[1]["temperature"].notna().any()]
     figure, axes = _grid(len(panels), 6.5, 4.3)
-    colours = _colours(runs.runs)
+    colours = _colours(_compared(runs, comparison))
     for axis, (title, settings, _) in zip(axes, panels, strict=True):
         for index, (alpha, group) in enumerate(settings[settings["alpha"] > 0].groupby("alpha")):
             # A little apart, or error bars hide each other.
@@ -248,14 +261,16 @@ def _name(alpha: float, temperature: float) -> str:
 
 
 def learning_curves(runs: Runs, comparison: Comparison) -> Figure | None:
-    """Draw validation perplexity over optimizer steps, a line a setting: the mean over the seeds that got there."""
+    """Draw validation perplexity over optimizer steps, a line a setting: the mean over its finished, compared runs."""
+    compared = _compared(runs, comparison)
     series = runs.metrics[(runs.metrics["metric"] == "val_ppl") & runs.metrics["value"].notna()]
-    panels = _panels(runs, comparison) if len(comparison.settings) else [("", runs.runs, runs.runs)]
-    if series.empty or not panels:
+    series = series[series["directory"].isin(compared["directory"])]
+    if series.empty:
         return None
+    panels = _panels(runs, comparison)
     figure, axes = _grid(len(panels), 7.5, 5)
     for axis, (title, _, some) in zip(axes, panels, strict=True):
-        _curves(axis, series[series["directory"].isin(some["directory"])], runs)
+        _curves(axis, series[series["directory"].isin(some["directory"])], compared)
         axis.set(xlabel="optimizer step", ylabel="validation perplexity (log scale)", title=title)
         axis.set_yscale("log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -267,8 +282,8 @@ def learning_curves(runs: Runs, comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _curves(axis: Axes, series: pd.DataFrame, runs: Runs) -> None:
-    colours, numbers = _looks(runs.runs)
+def _curves(axis: Axes, series: pd.DataFrame, compared: pd.DataFrame) -> None:
+    colours, numbers = _looks(compared)
     for alpha, temperature, group in _settings(series):
         curve = group.groupby("step")["value"].mean()
         number, label = numbers[temperature], _name(alpha, temperature)
@@ -278,12 +293,13 @@ def _curves(axis: Axes, series: pd.DataFrame, runs: Runs) -> None:
     axis.legend(fontsize=7)
 
 
-def kl_against_cross_entropy(runs: Runs) -> Figure | None:
-    """Draw each finished run's divergence from the teacher against its loss, both at temperature 1."""
-    done = runs.runs[(runs.runs["state"] == "done") & runs.runs["val_kl"].notna() & runs.runs["val_loss"].notna()]
+def kl_against_cross_entropy(runs: Runs, comparison: Comparison) -> Figure | None:
+    """Draw each compared run's divergence from the teacher against its loss, both at temperature 1."""
+    compared = _compared(runs, comparison)
+    done = compared[compared["val_kl"].notna() & compared["val_loss"].notna()]
     if done.empty:
         return None
-    colours, numbers = _looks(runs.runs)
+    colours, numbers = _looks(compared)
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axis = figure.subplots()
     for alpha, temperature, group in _settings(done):

@@ -14,15 +14,28 @@ from kd.config import TrainerConfig
 from kd.config.train import LATER
 from kd.errors import IntegrityError
 from kd.files import digest_of, read_json
+from kd.outcome import objective
 from kd.runs import RunState, is_held
 
 MARKS = ("result.json", "history.json", "environment.json", "failure.json", "config.yaml")
 """Any of these makes a directory a run."""
-FINAL = ("val_loss", "val_ppl", "val_kl", "val_agreement", "val_bits_per_byte")
-TOTALS = ("test_loss", "test_ppl", "teacher_val_ppl", "tokens", "flops", "parameters")
+PREFERENCES = ("reward_accuracy", "log_ratio_margin")
+"""What trainers on pairs of answers measure that does not depend on their settings."""
+FINAL = (
+    *("val_loss", "val_ppl", "val_kl", "val_agreement", "val_bits_per_byte"),
+    *(f"val_{name}" for name in PREFERENCES),
+)
+TOTALS = (
+    *("test_loss", "test_ppl", "teacher_val_ppl", "tokens", "flops", "parameters"),
+    *(f"test_{name}" for name in PREFERENCES),
+)
+OBJECTIVES = ("val_objective", "test_objective")
+"""What runs are chosen by, the lower the better; see `kd.outcome.objective`."""
 RESULT_ONLY = ("best_val_loss", "best_step", "steps")
-INPUTS = ("corpus", "tokenizer", "seq_len", "max_eval_blocks")
-"""What determines the tokens a run is scored on; runs that differ here do not compare."""
+TEXT_TRAINERS = ("distillation", "pretrain")
+"""Their validation losses are one measure: the cross-entropy of running text."""
+INPUTS = ("corpus", "tokenizer", "seq_len", "max_eval_blocks", "max_eval_examples")
+"""What determines the text, or the examples, a run is scored on; runs that differ here do not compare."""
 NAME = re.compile(r"alpha([0-9.e-]+?)(?:-temperature([0-9.e-]+?))?-seed([0-9]+)-[0-9a-f]{8}")
 SAME = 1e-6
 """Relative difference up to which two records of a number agree."""
@@ -104,7 +117,7 @@ def _read_settings(run: RunFiles) -> None:
     identity = environment.get("identity")
     if isinstance(identity, dict):
         run.settings = _flat(identity)
-        run.evaluation = digest_of({key: str(identity.get(key)) for key in INPUTS})[:8]
+        run.evaluation = digest_of(_measure(identity))[:8]
     else:
         _settings_from_name(run)
     if run.settings.get("alpha") == 0:
@@ -115,14 +128,36 @@ def _read_settings(run: RunFiles) -> None:
         run.command = shlex.join(["python", "-m", "kd.train", *map(str, arguments)])
 
 
+def _measure(identity: dict[str, Any]) -> dict[str, str]:
+    """Return all that decides what a run's final numbers are of; only where it is the same do they compare."""
+    trainer = str(identity.get("trainer"))
+    flat = _dotted(identity)
+    # Scored under autocast, logits are rounded.
+    measure = {key: flat.get(key) for key in (*INPUTS, "train.precision")}
+    if trainer not in TEXT_TRAINERS:
+        # Examples are cut, or left out, where they are longer than the model reads.
+        measure |= {"trainer": trainer, "max_seq_len": flat.get("model.max_seq_len")}
+    if trainer == "dpo":
+        measure["reference"] = flat.get("init_from")
+    if trainer == "grpo":
+        measure |= {key: flat.get(f"train.{key}") for key in ("reward", "max_new_tokens")}
+    return {key: str(value) for key, value in measure.items()}
+
+
+def _dotted(identity: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= inner
+    return flat
+
+
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
     """Flatten an identity to dotted keys; training values that have a column of their own lose their prefix."""
     usual = TrainerConfig()
     # An identity leaves out what came later and is as it was before.
     flat: dict[str, Any] = {f"train.{name}": getattr(usual, name) for name in LATER if "train" in identity}
-    for key, value in identity.items():
-        inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-        flat |= inner
+    flat |= _dotted(identity)
     for name in ("alpha", "temperature", "learning_rate"):
         flat[name] = number(flat.pop(f"train.{name}", None))
     flat["seed"] = number(flat.get("seed"))
@@ -190,6 +225,7 @@ def _read_metrics(run: RunFiles, history: dict[str, Any], result: dict[str, Any]
         run.metrics[key] = _agreed(run, key, last, number(result.get(key)))
     for key in TOTALS:
         run.metrics[key] = _agreed(run, key, number(history.get(key)), number(result.get(key)))
+    run.metrics |= _objectives(run.metrics)
     run.metrics |= {key: number(result.get(key)) for key in RESULT_ONLY}
     if math.isnan(run.metrics["best_val_loss"]) and "val_loss" in run.series:
         known = [value for value in run.series["val_loss"][1] if not math.isnan(value)]
@@ -200,6 +236,12 @@ def _read_metrics(run: RunFiles, history: dict[str, Any], result: dict[str, Any]
     run.metrics["clip_rate"] = _clip_rate(run)
     if run.state == "done" and math.isnan(run.metrics["val_loss"]):
         run.problems.append(f"{run.directory} has no final validation loss: it stays out of comparisons.")
+
+
+def _objectives(metrics: dict[str, float]) -> dict[str, float]:
+    measured: dict[str, float] = {"val_loss": math.nan, "test_loss": math.nan}
+    measured |= {name: value for name, value in metrics.items() if not math.isnan(value)}
+    return {f"{part}_objective": objective(measured, part) for part in ("val", "test")}
 
 
 def _agreed(run: RunFiles, key: str, raw: float, summary: float) -> float:

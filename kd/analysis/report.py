@@ -2,13 +2,13 @@
 
 import base64
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment
 
-from kd.analysis.comparison import Comparison, compare
+from kd.analysis.comparison import Comparison, best_of, compare
 from kd.analysis.loading import Runs, load_runs
 from kd.analysis.plots import all_plots
 from kd.analysis.reading import is_run
@@ -32,6 +32,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem aut
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .answer { border-left: 5px solid #0072B2; background: #eef5fa; padding: .6rem 1rem; }
 .answer p { margin: .3rem 0; } .answer p:first-child { font-weight: 600; }
+.unsafe { border-left: 5px solid #D55E00; background: #fdf3ec; padding: .6rem 1rem; margin-top: 1rem; }
+.unsafe p { margin: .3rem 0; font-weight: 600; } .unsafe ul { margin: .3rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; white-space: nowrap; }
@@ -42,10 +44,12 @@ pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .82rem; 
 </style></head><body>
 <h1>{{ title }}</h1><p>{{ states }}</p>
 <div class="answer">{% for line in verdict %}<p>{{ line }}</p>{% endfor %}</div>
+{% if warnings %}<div class="unsafe"><p>Before you rely on this</p><ul>{% for line in warnings %}<li>{{ line }}</li>
+{% endfor %}</ul></div>{% endif %}
 {% if notes %}<h2>To know</h2><ul>{% for line in notes %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 {% for table in tables %}<h2>{{ table.title|replace('+-', '\u00b1') }}</h2><div class="scroll"><table>
 <tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in table.rows %}<tr{% if row[1] in ("best", "equal") %} class="{{ row[1] }}"{% endif %}>
+{% for row in table.rows %}<tr{% for word in ("best", "equal") if word in row[1:3] %} class="{{ word }}"{% endfor %}>
 {% for cell in row %}<td{% if cell|length > 60 %} class="wrap"{% endif %}>
 {{- cell|replace(' +- ', ' \u00b1 ') }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endfor %}
@@ -60,6 +64,7 @@ pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: .82rem; 
 """
 REPORTS = "reports"
 SELECTION = "selection"
+BEST_OF = "best_of"
 
 
 @dataclass(frozen=True)
@@ -77,28 +82,34 @@ class Report:
         tables = plain_tables(self.comparison, self.runs)
         parts = [f"{table.title}\n{table.text()}" for table in tables]
         parts += ["\n".join([states(self.runs), *self.sentences, *self.comparison.notes])]
+        warnings = [f"- {line}" for line in self.comparison.warnings]
+        parts += ["\n".join(["Before you rely on this:", *warnings])] if warnings else []
         parts += ["Left out:\n" + "\n".join(f"- {line}" for line in self.runs.problems)] if self.runs.problems else []
         return "\n\n".join([*parts, f"Report: {self.directory / 'report.html'}"])
 
 
-def write_report(*paths: str | Path) -> Report:
+def write_report(*paths: str | Path, nuisance: Sequence[str] = ()) -> Report:
     """Compare all runs below the given folders and write the report.
 
     It goes to `reports/` in the experiment's folder; for runs of several experiments to `reports/` in the folder that
-    holds these; if single runs are named, to `reports/selection/`. An earlier report there is replaced.
+    holds these; if single runs are named, to `reports/selection/`; with nuisance settings to `best_of/` therein. An
+    earlier report there is replaced.
 
     Args:
         *paths: As for `load_runs`; at a sweep's end the experiment's folder, outputs/<name>.
+        nuisance: Settings at whose best each arm is compared; see `kd.analysis.best_of`.
 
     Raises:
-        DataError: if there is no run.
+        DataError: if there is no run, or a nuisance setting is none of theirs.
         ResourceError: if a folder cannot be read or written.
     """
     runs = load_runs(*paths)
-    comparison = compare(runs)
+    comparison = best_of(runs, nuisance) if nuisance else compare(runs)
     directory = report_directory(runs)
     if any(is_run(Path(path)) for path in paths):
         directory /= SELECTION
+    if nuisance:
+        directory /= BEST_OF
     report = Report(directory, runs, comparison, verdict(comparison))
     pictures = all_plots(runs, comparison)
     try:
@@ -146,6 +157,7 @@ def _html(report: Report, pictures: dict[str, bytes]) -> str:
             states=states(report.runs),
             verdict=report.sentences,
             notes=report.comparison.notes,
+            warnings=report.comparison.warnings,
             tables=plain_tables(report.comparison, report.runs),
             pictures=encoded,
             method=method(),
@@ -158,6 +170,8 @@ def _html(report: Report, pictures: dict[str, bytes]) -> str:
 def _markdown(report: Report, pictures: list[str]) -> str:
     section: Callable[[Table], str] = lambda table: f"## {table.title}\n\n{table.markdown()}"  # noqa: E731
     parts = [f"# {_title(report)}", states(report.runs), "\n".join(f"- {line}" for line in report.sentences)]
+    if report.comparison.warnings:
+        parts += ["## Before you rely on this", _bullets(report.comparison.warnings)]
     if report.comparison.notes:
         parts += ["## To know", _bullets(report.comparison.notes)]
     parts += [section(table) for table in plain_tables(report.comparison, report.runs)]

@@ -10,6 +10,8 @@ Losses are nats per token throughout.
 """
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -64,16 +66,19 @@ class Scores:
 class Differences:
     """All paired differences of K settings, each (K, K); entry [k, j] is k minus j.
 
-    Errors are standard errors in nats per token; they are NaN where the data hold none.
+    Errors are standard errors in the unit of the losses; they are NaN where the data hold none.
     """
 
     mean: Array
+    lowest: Array
+    """Of the seeds that both have."""
+    highest: Array
     seeds: npt.NDArray[np.int64]
     """Seeds that both have."""
     own_error: Array
     """From the spread of this pair's own differences over seeds; degrees of freedom: `seeds - 1`."""
     pooled_error: Array
-    """The same, with the spread pooled over settings; never below `own_error`. For the confidence set."""
+    """The same, with the spread pooled over settings."""
     pooled_freedom: int
     document_error: Array
     """From the spread over documents."""
@@ -81,12 +86,11 @@ class Differences:
 
 
 @dataclass(frozen=True)
-class BestSet:
-    """The setting with the lowest loss, and all that cannot be told from it."""
+class Bounds:
+    """Simultaneous confidence bounds of all differences of K settings, each (K, K); NaN where there are none."""
 
-    best: int
-    inside: npt.NDArray[np.bool_]
-    """(K,)"""
+    low: Array
+    high: Array
 
 
 def t_interval(values: Array, level: float = LEVEL) -> Interval:
@@ -162,37 +166,37 @@ def _ratio_errors(counts: Array, difference: Array, tokens: Array) -> tuple[Arra
     return ratio[:, 0], errors
 
 
-def paired_differences(scores: Scores) -> Differences:
-    """Return all paired differences with their standard errors from seeds and from documents."""
+def paired_differences(scores: Scores, pools: Sequence[Sequence[int]] = ()) -> Differences:
+    """Return all paired differences with their standard errors from seeds and from documents.
+
+    Args:
+        scores: Of K settings.
+        pools: Settings (by number) whose better half each the seeds' spread is pooled over; all of them if empty.
+    """
     known = np.isfinite(scores.losses)
-    # Centred, so that the sums of squares below do not cancel.
-    losses = np.where(known, scores.losses - np.nanmean(scores.losses), 0.0)
-    shared = known.astype(np.int64) @ known.T.astype(np.int64)
-    sums, squares = losses @ known.T, losses**2 @ known.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean = (sums - sums.T) / shared
-        spread = np.maximum(squares + squares.T - 2 * losses @ losses.T - shared * mean**2, 0.0) / (shared - 1)
+    each = scores.losses[:, None, :] - scores.losses[None, :, :]
+    shared = (known[:, None, :] & known[None, :, :]).sum(axis=2)
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's of pairs without a common seed, which are NaN
+        mean, lowest, highest = (function(each, axis=2) for function in (np.nanmean, np.nanmin, np.nanmax))
+        spread = np.nansum((each - mean[:, :, None]) ** 2, axis=2) / (shared - 1)
         own = _without_rounding(np.sqrt(np.where(shared > 1, spread, np.nan) / shared), scores)
-        variance, freedom = _seed_variance(scores.losses)
+        variance, freedom = _seed_variance(scores.losses, pools or [range(len(scores.losses))])
         pooled = _without_rounding(np.sqrt(2 * variance / shared), scores)
-    document_error, document_freedom = _document_errors(scores)
-    return Differences(
-        mean, shared, own, np.fmax(own, pooled) if freedom else own, freedom, document_error, document_freedom
-    )
+    return Differences(mean, lowest, highest, shared, own, pooled, freedom, *_document_errors(scores))
 
 
 def _without_rounding(errors: Array, scores: Scores) -> Array:
     return np.where(errors < NO_ERROR * abs(float(np.nanmean(scores.losses))), 0.0, errors)
 
 
-def _seed_variance(losses: Array) -> tuple[float, int]:
-    """Mean square of what setting and seed do not explain, over the better half of settings, with its freedom.
+def _seed_variance(losses: Array, pools: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """Mean square of what setting and seed do not explain, over the better half of each pool, with its freedom.
 
     The worse half stays out: settings on the brink of diverging vary more than all others and would hide every
     difference. The choice looks at means alone, which under normal noise say nothing of the residuals.
     """
-    count = min(len(losses), max(SMALLEST_POOL, math.ceil(len(losses) / 2)))
-    better = losses[np.argsort(np.nanmean(losses, axis=1), kind="stable")[:count]]
+    better = losses[[row for pool in pools for row in _better_half(losses, pool, len(pools))]]
     rows, columns = np.nonzero(np.isfinite(better))
     design = np.zeros((len(rows), better.shape[0] + better.shape[1]))
     design[np.arange(len(rows)), rows] = 1
@@ -201,6 +205,11 @@ def _seed_variance(losses: Array) -> tuple[float, int]:
     effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     freedom = len(rows) - int(rank)
     return (float(np.sum((values - design @ effects) ** 2)) / freedom if freedom else math.nan), freedom
+
+
+def _better_half(losses: Array, pool: Sequence[int], num_pools: int) -> Sequence[int]:
+    count = max(math.ceil(SMALLEST_POOL / num_pools), math.ceil(len(pool) / 2))
+    return sorted(pool, key=lambda row: float(np.nanmean(losses[row])))[:count]
 
 
 def _document_errors(scores: Scores) -> tuple[Array, float]:
@@ -224,87 +233,98 @@ def _effective_freedom(tokens: Array) -> float:
     return max(float(tokens.sum() ** 2 / np.sum(tokens**2)) - 1, 1.0)
 
 
-def setting_interval(differences: Differences, first: int, second: int, level: float = LEVEL) -> Interval:
-    """Return the difference of two settings, first minus second, with an interval for this pair alone.
+def simultaneous_bounds(differences: Differences, num_arms: int, level: float = LEVEL) -> Bounds:
+    """Return bounds of all differences between settings that hold together with probability `level`.
 
-    Its half-width joins that of Student's interval over per-seed paired differences and that of the documents as
-    legs of a right triangle: the two noises are independent (the method of variance estimates recovery, Zou and Donner
-    2008, doi:10.1002/sim.3095). A part that the data do not hold is left out; with neither there is no interval.
-    """
-    estimate = float(differences.mean[first, second])
-    half = math.hypot(*interval_parts(differences, first, second, level))
-    return Interval(estimate) if half == 0 else Interval(estimate, estimate - half, estimate + half)
+    Where each setting is an arm of its own these are the intervals of Tukey (1953) and Kramer (1956,
+    doi:10.2307/3001469), on paired differences: seeds are the blocks of a complete design, and the spread is pooled
+    over settings. They hold for every pair at once, so also for the pair that was picked for looking best. Where an arm
+    is a group of settings of which the best is taken, `arm_interval` needs less: see `range_quantile`.
 
+    Seeds and documents are joined as legs of a right triangle: the two noises are independent (the method of variance
+    estimates recovery, Zou and Donner 2008, doi:10.1002/sim.3095). A part that the data do not hold is left out, but
+    without a spread over seeds there are no bounds: another seed might turn everything round.
 
-def interval_parts(differences: Differences, first: int, second: int, level: float = LEVEL) -> tuple[float, float]:
-    """Return the half-widths of `setting_interval` that come from seeds and from documents; 0 for an unknown part."""
-    share = (1 + level) / 2
-    seeds, documents = int(differences.seeds[first, second]), differences.document_error[first, second]
-    by_seeds = stats.t.ppf(share, seeds - 1) * differences.own_error[first, second] if seeds > 1 else 0.0
-    known = math.isfinite(documents) and seeds > 0
-    by_documents = stats.t.ppf(share, differences.document_freedom) * documents if known else 0.0
-    return float(by_seeds), float(by_documents)
-
-
-def equals_of_the_best(losses: Array, differences: Differences, level: float = LEVEL) -> BestSet | None:
-    """Return the best setting and those that cannot be told from it, or None where no noise can be estimated.
-
-    Multiple comparisons with the best (Hsu 1981, doi:10.1214/aos/1176345582; 1984, doi:10.1214/aos/1176346732; its
-    upper half is Gupta's subset selection, 1965, doi:10.1080/00401706.1965.10490251): a setting stays unless some other
-    is better by more than the one-sided quantile of Dunnett (1955, doi:10.1080/01621459.1955.10501294) allows. The
-    truly best one is then inside with probability `level`, however many settings there are and however close they lie.
-
-    Why not the model confidence set (Hansen, Lunde and Nason 2011, doi:10.3982/ECTA5771): its guarantee is
-    asymptotic, and its bootstrap would redraw 2 to 5 seeds; drawn from two, half of all resamples have no spread.
-    Under normal noise Dunnett's quantile is exact from two seeds on, because the spread is pooled over settings (seeds
-    being blocks of a complete design). That assumes seed noise of similar size in the settings near the top. As a
-    guard a pair's own spread counts where it is larger. The guard is not complete: of 13 equally good settings, a best
-    one with three times the others' seed noise was inside in 0.88, 0.90 and 0.92 of simulations with 2, 3 and 5 seeds.
-
-    Seeds and documents are joined as in `setting_interval`.
+    Pooling assumes seed noise of similar size in all settings. As a guard a pair's own spread counts where it is
+    larger, though towards 0 no further than to the pair's own smallest difference, by which even a setting on the brink
+    of diverging is seen to be worse when it is so at every seed. The guard is not complete with two or three seeds;
+    `kd.analysis.soundness` says so where one setting's seeds vary far more than the others'.
 
     Args:
-        losses: (K, S), nats per token; NaN where there is no run.
-        differences: Of the same settings.
-        level: Probability that the truly best setting is inside, in (0, 1).
+        differences: Of K settings.
+        num_arms: Groups that the settings fall into; K if each is compared for itself.
+        level: Probability that all bounds hold, in (0, 1).
     """
-    by_seeds = differences.pooled_error if differences.pooled_freedom else np.full_like(differences.mean, np.nan)
-    if not (np.isfinite(by_seeds).any() or np.isfinite(differences.document_error).any()):
-        return None
-    seeds = one_sided_quantile(len(losses) - 1, differences.pooled_freedom, level) if differences.pooled_freedom else 0
+    nothing = np.full_like(differences.mean, np.nan)
+    if not differences.pooled_freedom:
+        return Bounds(nothing, nothing)
+    settings, pooled = len(differences.mean), differences.pooled_error
+    seeds = range_quantile(num_arms, settings, differences.pooled_freedom, level)
     # Rounded down, which is the careful side and lets the cache of quantiles be hit.
-    documents = one_sided_quantile(len(losses) - 1, math.floor(differences.document_freedom), level)
-    half = np.hypot(np.nan_to_num(seeds * by_seeds), np.nan_to_num(documents * differences.document_error))
-    tolerance = NO_VARIATION * max(1.0, float(np.nanmean(losses)))
-    worse = (differences.mean > half + tolerance) & (differences.seeds > 0)
-    inside: npt.NDArray[np.bool_] = np.logical_not(np.any(worse, axis=1))
-    means = np.nanmean(losses, axis=1)
-    best = int(np.argmin(np.where(inside, means, np.inf))) if inside.any() else int(np.argmin(means))
-    inside[best] = True
-    return BestSet(best, inside)
+    documents = range_quantile(num_arms, settings, math.floor(differences.document_freedom), level)
+    by_documents = np.nan_to_num(documents * differences.document_error)
+    half = np.hypot(seeds * np.fmax(differences.own_error, pooled), by_documents)
+    beyond_range = np.hypot(seeds * pooled, by_documents)
+    low, high = differences.mean - half, differences.mean + half
+    low = np.where(differences.mean > 0, np.fmax(low, differences.lowest - beyond_range), low)
+    high = np.where(differences.mean < 0, np.fmin(high, differences.highest + beyond_range), high)
+    known = (half > 0) & (differences.seeds > 0)
+    return Bounds(np.where(known, low, np.nan), np.where(known, high, np.nan))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Settings of which the best counts, and the one of them that was chosen."""
+
+    chosen: int
+    members: Sequence[int]
+    """Its settings, the chosen one among them."""
+
+
+def arm_interval(differences: Differences, bounds: Bounds, first: Arm, second: Arm) -> Interval:
+    """Return the difference of two arms, each at its truly best setting, with an interval that counts the choice.
+
+    An arm's loss is that of its truly best setting m, min_m mu_m. Whichever was chosen, the truth is no larger than the
+    chosen one's, and no smaller than that of the best of all members. So with bounds that hold together
+    min_n(low[n, c2]) <= min_n(mu_n) - min_m(mu_m) <= max_m(high[c1, m]), with n over the first arm, m over the second
+    and c the chosen ones: however lucky the chosen one was, its luck is inside (the projection of a joint confidence
+    set; Berk et al. 2013, doi:10.1214/12-AOS1077, do the same for all choices of a model). `estimate` is the difference
+    of the chosen ones. For arms of one setting this is its simultaneous interval.
+    """
+    estimate = float(differences.mean[first.chosen, second.chosen])
+    low = float(np.min(bounds.low[list(first.members), second.chosen]))
+    high = float(np.max(bounds.high[first.chosen, list(second.members)]))
+    return Interval(estimate, low, high) if math.isfinite(low) and math.isfinite(high) else Interval(estimate)
 
 
 @lru_cache(maxsize=256)
-def one_sided_quantile(comparisons: int, freedom: float, level: float) -> float:
-    """Return Dunnett's one-sided quantile for equally many runs a setting (correlations of 1/2).
+def range_quantile(num_arms: int, num_settings: int, freedom: float, level: float) -> float:
+    """Return the quantile of the range from the truth of each arm to any setting, in standard errors of a difference.
 
-    It solves P(max_j (Z_j - Z_0) / sqrt(2) <= c * s) = level, with Z standard normal and s^2 * freedom chi-squared.
+    It solves P(max_k Z_k - min_a Z_a <= sqrt(2) * c * s) = level, with Z standard normal, k over all settings, a over
+    one of each arm, and s^2 * freedom chi-squared. With as many arms as settings it is the studentized range's (Tukey),
+    over sqrt(2); with one arm Dunnett's one-sided one (1955, doi:10.1080/01621459.1955.10501294), which Hsu's
+    comparisons with the best use (1984, doi:10.1214/aos/1176346732); in between, what `arm_interval` needs: its bounds
+    compare the truly best setting of an arm, which is one, with any setting that may be chosen.
 
     Args:
-        comparisons: Settings compared with one, >= 0.
+        num_arms: 1 to `num_settings`.
+        num_settings: Settings in all.
         freedom: Degrees of freedom of the spread, > 0 (not above 10,000: beyond, nothing changes).
         level: Probability, in (0, 1).
     """
-    if comparisons < 1 or freedom <= 0:
+    if num_settings < 2 or freedom <= 0:
         return 0.0
     freedom = min(freedom, 10_000.0)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
-    weights = weights / weights.sum()
+    lowest, weights = np.polynomial.legendre.leggauss(160)
+    lowest = 8.5 * lowest  # beyond, the density is nothing
+    density = weights * 8.5 * num_arms * stats.norm.pdf(lowest)
     shares, share_weights = np.polynomial.legendre.leggauss(200)
     spread = np.sqrt(stats.chi2.ppf((shares + 1) / 2, freedom) / freedom)
 
     def excess(quantile: float) -> float:
-        below = stats.norm.cdf(nodes[None, :] + math.sqrt(2) * quantile * spread[:, None]) ** comparisons
-        return float(share_weights @ (below @ weights)) / 2 - level
+        below = stats.norm.cdf(lowest + math.sqrt(2) * quantile * spread[:, None])
+        inside = (below - stats.norm.cdf(lowest)) ** (num_arms - 1) * below ** (num_settings - num_arms)
+        return float(share_weights @ (inside @ density)) / 2 - level
 
     return float(optimize.brentq(excess, 0.0, 1e5))

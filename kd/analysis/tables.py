@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from kd.analysis.arms import short_name
 from kd.analysis.comparison import Comparison, sd_text
 from kd.analysis.loading import Runs
+
+MEASURES = {"ppl": "Perplexity", "loss": "Loss", "reward_accuracy": "Reward accuracy"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def interval_text(estimate: float, low: float, high: float) -> str:
 def grid_table(comparison: Comparison) -> Table:
     """Return perplexity by alpha and temperature."""
     frame = comparison.table()
-    title = f"Perplexity ({comparison.part} part), mean +- SD over seeds"
+    where = " at each arm's best " + ", ".join(map(short_name, comparison.nuisance)) if comparison.nuisance else ""
+    title = f"{MEASURES[comparison.measure]} ({comparison.part} part){where}, mean +- SD over seeds"
     if frame.empty:
         return Table(title, ["alpha"], [])
     names = [*comparison.panels, "alpha"]
@@ -70,36 +74,53 @@ def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def sensitivity_table(comparison: Comparison) -> Table:
+    """Return what each arm reaches at each value of the nuisance settings, a row an arm; none for `compare`."""
+    title = "Sensitivity (validation part): mean +- SD over seeds; * is the best, which was taken"
+    if not comparison.nuisance or comparison.settings.empty:
+        return Table(title, ["arm"], [])
+    column, tried = f"val_{comparison.measure}", comparison.tried
+    values = tried.sort_values(comparison.nuisance, key=_in_order)["best_at"].unique()
+    rows = []
+    for arm in _ranked(comparison).to_dict("records"):
+        cells = {row["best_at"]: row for row in tried[tried["label"] == arm["label"]].to_dict("records")}
+        texts = [spread_text(cells[at][column], cells[at][f"{column}_sd"]) if at in cells else "-" for at in values]
+        marked = [text + (" *" if at == arm["best_at"] else "") for at, text in zip(values, texts, strict=True)]
+        rows.append([str(arm["label"]), *marked])
+    return Table(title, ["arm", *values], rows)
+
+
+def _in_order(values: pd.Series) -> pd.Series:
+    """Numbers by size, also where they are text."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    return values if numbers.isna().any() else numbers
+
+
 def settings_table(comparison: Comparison) -> Table:
     """Return the settings by rank, with their differences to the best and to the baseline."""
-    measure, quoted = comparison.measure, comparison.column
-    header = [
-        "setting",
-        "verdict",
-        "seeds",
-        f"val {measure}",
-        f"{comparison.part} {measure}",
-        "to the best (nats)",
-        "to the baseline (nats)",
-    ]
-    header += ["gap closed"]
+    measure, quoted, unit = comparison.measure, comparison.column, comparison.unit
+    header = ["setting", *(["best at"] if comparison.nuisance else []), "verdict", "seeds", f"val {measure}"]
+    header += [f"test {measure}"] if comparison.part == "test" else []
+    header += [f"to the best ({unit})", f"to the baseline ({unit})", "gap closed"]
+    columns = dict.fromkeys([f"val_{measure}", quoted])
     rows = []
     for values in _ranked(comparison).to_dict("records"):
-        verdict = (
-            "best" if values["is_best"] else "equal" if values["in_set"] else ("worse" if comparison.has_set else "-")
-        )
-        cells = [
-            str(values["label"]),
-            verdict,
-            str(values["seeds"]),
-            spread_text(values[f"val_{measure}"], values[f"val_{measure}_sd"]),
-        ]
-        cells += [spread_text(values[quoted], values[f"{quoted}_sd"])]
+        cells = [str(values["label"]), *([str(values["best_at"])] if comparison.nuisance else [])]
+        cells += [_verdict(comparison, bool(values["is_best"]), bool(values["in_set"])), str(values["seeds"])]
+        cells += [spread_text(values[column], values[f"{column}_sd"]) for column in columns]
         cells += [interval_text(values["difference"], values["low"], values["high"])]
         cells += [interval_text(*(values[f"baseline_{name}"] for name in ("difference", "low", "high")))]
         gap = values["gap_closed"]
         rows.append([*cells, "-" if math.isnan(gap) else f"{gap:.0%}"])
-    return Table("Settings, lowest validation loss first", header, rows)
+    return Table("Settings, best on the validation part first; intervals hold together", header, rows)
+
+
+def _verdict(comparison: Comparison, is_best: bool, in_set: bool) -> str:
+    if is_best:
+        return "best" if comparison.has_set else "lowest"
+    if not comparison.has_set:
+        return "-"
+    return "equal" if in_set else "worse"
 
 
 def cost_table(comparison: Comparison) -> Table:
@@ -130,7 +151,7 @@ def _amount(value: float) -> str:
 
 def _ranked(comparison: Comparison) -> pd.DataFrame:
     settings = comparison.settings
-    return settings.sort_values("val_loss", kind="stable") if len(settings) else settings
+    return settings.sort_values("val_objective", kind="stable") if len(settings) else settings
 
 
 def undone_table(runs: Runs) -> Table:
@@ -144,5 +165,6 @@ def plain_tables(comparison: Comparison, runs: Runs) -> Sequence[Table]:
     """Return all tables that have rows, in the order of the report."""
     tables = [undone_table(runs)]
     if len(comparison.settings):
-        tables = [grid_table(comparison), settings_table(comparison), cost_table(comparison), *tables]
+        answer = [grid_table(comparison), settings_table(comparison), sensitivity_table(comparison)]
+        tables = [*answer, cost_table(comparison), *tables]
     return [table for table in tables if table.rows]

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
+from kd.analysis.arms import short_name
 from kd.analysis.comparison import Comparison, sd_text
 from kd.analysis.loading import Runs
-from kd.analysis.statistics import LEVEL, MIN_DOCUMENTS
+from kd.analysis.statistics import LEVEL
 
 MOST_NAMED = 8
 
@@ -17,73 +18,78 @@ def verdict(comparison: Comparison, level: float = LEVEL) -> list[str]:
     if best is None:
         return ["No run is finished, so there is nothing to compare yet."]
     count = len(comparison.settings)
-    seeds = int(best["seeds"])
     quoted = _quoted(comparison)
     if count == 1:
         return [f"Only one setting is finished ({best['label']}, {quoted}): there is nothing to compare it with."]
-    sentences = [f"Lowest validation loss of {count} settings: {best['label']} ({quoted})."]
-    sentences.append(_equals(comparison, level))
-    sentences += _basis(comparison)
-    sentences += _against_baseline(comparison, level)
-    if seeds == 1 and comparison.part == "validation":
-        sentences.append("With one seed and no test part, the winner's number is flattered by having been chosen.")
-    elif comparison.part == "validation":
+    what = "Best" if comparison.measure == "reward_accuracy" else "Lowest"
+    measure = "reward accuracy" if comparison.measure == "reward_accuracy" else "loss"
+    each = f", each at its own best {_and(comparison.nuisance)}" if comparison.nuisance else ""
+    sentences = [f"{what} validation {measure} of {count} settings{each}: {best['label']} ({quoted})."]
+    sentences += [*_equals(comparison, level), *_basis(comparison), *_against_baseline(comparison, level)]
+    if comparison.part == "validation":
         sentences.append(
             "There is no test part: the quoted numbers are of the text that chose, and so a little flattering."
         )
     return sentences
 
 
+def _and(nuisance: list[str]) -> str:
+    return " and ".join(map(short_name, nuisance))
+
+
 def _quoted(comparison: Comparison) -> str:
     best, column = comparison.best, comparison.column
     assert best is not None
-    measure = "perplexity" if comparison.measure == "ppl" else "loss"
+    measure = {"ppl": "perplexity", "reward_accuracy": "reward accuracy"}.get(comparison.measure, "loss")
     seeds, sd = int(best["seeds"]), float(best[f"{column}_sd"])
     spread = "one seed" if seeds == 1 else f"SD {sd_text(sd)} over {seeds} seeds"
-    return f"{comparison.part} {measure} {float(best[column]):.5g}, {spread}"
+    at = f"at {best['best_at']}; " if comparison.nuisance else ""
+    return f"{at}{comparison.part} {measure} {float(best[column]):.5g}, {spread}"
 
 
-def _equals(comparison: Comparison, level: float) -> str:
+def _equals(comparison: Comparison, level: float) -> list[str]:
     if not comparison.has_set:
-        return "Whether the others are really worse, these data cannot say."
-    equals = comparison.equals
+        return ["Whether the others are really worse, these data cannot say."]
+    equals, others = comparison.equals, len(comparison.settings) - 1
     if not equals:
-        return f"All other settings are worse by more than the noise ({level:.0%} confidence)."
-    named = "; ".join(equals[:MOST_NAMED]) + (
-        f"; and {len(equals) - MOST_NAMED} more" if len(equals) > MOST_NAMED else ""
-    )
-    if len(equals) == len(comparison.settings) - 1:
-        return f"No setting can be told from it ({level:.0%} confidence): {named}."
-    return f"Cannot be told from it ({level:.0%} confidence), {len(equals)} of {len(comparison.settings) - 1}: {named}."
+        return [f"All other settings are worse by more than the noise ({level:.0%} confidence)."]
+    more = f"; and {len(equals) - MOST_NAMED} more" if len(equals) > MOST_NAMED else ""
+    named = "; ".join(equals[:MOST_NAMED]) + more
+    if len(equals) == others:
+        return [f"No setting can be told from it ({level:.0%} confidence): {named}."]
+    return [f"Cannot be told from it ({level:.0%} confidence), {len(equals)} of {others}: {named}."]
 
 
 def _basis(comparison: Comparison) -> list[str]:
     """What noise was counted."""
-    part = comparison.validation
+    part = comparison.quoted
     assert part is not None
     seeds = np.isfinite(part.scores.losses).sum(axis=1)
     if seeds.max() == 1:
-        if not part.num_documents:
-            return [
-                "Each setting has one seed and the documents cannot be used, so no interval and no set of equals is "
-                "given: run more seeds (seed=0,1,2)."
-            ]
         return [
-            f"Each setting has one seed: intervals and equals count the choice of documents ({part.num_documents}) "
-            "alone, so they are about these trained models. Another seed may rank them differently: run seed=0,1,2."
+            "Each setting has one seed, and another seed may rank them differently: no intervals and no verdicts are "
+            "given. Run seed=0,1,2."
         ]
     if not comparison.has_set:
         return []
-    range_ = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    counts = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     documents = (
         f"and documents ({part.num_documents})" if part.num_documents else "alone; the documents are not counted"
     )
-    return [f"Noise counted: seeds ({range_} a setting) {documents}. Intervals are for one pair at a time."]
+    sentences = [f"Noise counted: seeds ({counts} a setting) {documents}. All intervals hold together."]
+    if comparison.nuisance:
+        sentences.append(
+            f"They also count that {_and(comparison.nuisance)} were chosen as the best of {len(comparison.tried)} "
+            "combinations."
+        )
+    return sentences
 
 
 def _against_baseline(comparison: Comparison, level: float) -> list[str]:
     best, settings = comparison.best, comparison.settings
     assert best is not None
+    if settings["alpha"].isna().all():
+        return []
     if not (settings["alpha"] == 0).any():
         return ["There is no baseline (train.alpha=0), so whether distilling helps at all is not answered."]
     if best["alpha"] == 0:
@@ -116,12 +122,13 @@ def method(level: float = LEVEL) -> list[str]:
     return [
         "Loss is the student's cross-entropy at temperature 1 in nats per token, perplexity its exponential; both "
         "compare across alpha and temperature. The validation part chooses; numbers are of the test part, if any.",
-        "A difference is between paired runs: same seeds, same documents. Its interval joins Student's interval over "
-        "the per-seed differences with that over documents, and stands for that one pair; with one seed it is a "
-        f"bootstrap over whole documents. Parts with fewer than {MIN_DOCUMENTS} documents give none.",
-        f"The equals of the best are a set that holds the truly best of these settings with {level:.0%} probability "
-        "(multiple comparisons with the best, Hsu 1984, on the validation part). It and the intervals may differ: it "
-        "makes up for the number of settings and pools seed noise over them, an interval stands for its pair alone.",
+        "A difference is between paired runs: same seeds, same documents. Its interval counts both, with the seeds' "
+        f"spread pooled over settings. All intervals of a report hold together with {level:.0%} probability (Tukey and "
+        "Kramer's), also for the pair that was picked for looking best.",
+        "Worse: the interval of the difference to the best lies above 0. Equal: it does not, so these runs cannot tell "
+        "the setting from the best; more seeds may. With one seed there are no intervals, and nothing is called worse.",
+        "Each at its own best (--best-of): the settings named are chosen for each arm on the validation part, and the "
+        "intervals are wide enough for whichever choice is truly best.",
         "Gap closed: (baseline loss - student loss) / (baseline loss - teacher loss), in nats, validation part.",
         "Clip rate: share of log points whose mean gradient norm, before clipping, lies above train.gradient_clip. "
         "Near 1, the clip sets the step size and acts as a learning rate that differs between settings.",

@@ -94,7 +94,7 @@ class DPOTrainer(PreferenceTrainer[DPOConfig]):
         return terms.losses, torch.stack([terms.chosen_rewards, terms.rejected_rewards], dim=1)
 
     def _score_batch(self, batch: Batch, with_teacher: bool) -> ExampleScores:  # noqa: ARG002 - there is none
-        return self._pair_scores(*self._losses(self._forward(batch)))
+        return self._pair_scores(*self._losses(self._forward(batch)), self.config.beta)
 
     def _get_extra_checkpoint_state(self) -> dict[str, Any]:
         # In another order of batches padding differs, and with it the last digit: a resumed run keeps what it had.

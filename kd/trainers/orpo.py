@@ -54,7 +54,7 @@ class ORPOTrainer(PreferenceTrainer[ORPOConfig]):
         means = self._means(outputs)
         # Here each pair weighs the same: a score is of a pair, and not of its tokens.
         losses = -means[:, 0] + self.config.beta * orpo_odds_ratio_loss(*means.unbind(1))
-        return self._pair_scores(losses, self.config.beta * means)
+        return self._pair_scores(losses, self.config.beta * means, self.config.beta)
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         return {"beta": self.config.beta}

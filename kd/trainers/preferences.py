@@ -57,9 +57,11 @@ class PreferenceTrainer(AnswerTrainer[C]):
         margin = (rewards[:, 0] - rewards[:, 1]).detach()
         return {"reward_margin": margin.mean(), "reward_accuracy": _won(margin).mean()}
 
-    def _pair_scores(self, losses: Tensor, rewards: Tensor) -> ExampleScores:
+    def _pair_scores(self, losses: Tensor, rewards: Tensor, beta: float) -> ExampleScores:
         margin = rewards[:, 0] - rewards[:, 1]
         columns = {"loss": losses, "reward_margin": margin, "reward_accuracy": _won(margin)}
+        # Loss and margin grow and shrink with beta: two runs compare by what does not.
+        columns["log_ratio_margin"] = margin / beta
         return ExampleScores({name: column.double().cpu() for name, column in columns.items()}, ("reward_accuracy",))
 
 

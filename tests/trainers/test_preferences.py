@@ -72,7 +72,8 @@ def test_overfitted_pairs_are_ranked_right(make: Callable[..., Any]) -> None:
     assert history["val_loss"][-1] < before["val_loss"]
     assert history["train_loss"][-1] < 0.7 * history["train_loss"][0]
     metrics = trainer.evaluate()
-    assert metrics.keys() == {"val_loss", "val_reward_margin", "val_reward_accuracy", "val_reward_accuracy_low"}
+    columns = ("loss", "reward_margin", "reward_accuracy", "reward_accuracy_low", "log_ratio_margin")
+    assert metrics.keys() == {f"val_{name}" for name in columns}
     assert metrics == pytest.approx({key: history[key][-1] for key in metrics})
 
 
@@ -129,6 +130,16 @@ def test_equal_answers_have_no_margin_and_do_not_break(make: Callable[..., Any])
     terms = make(make_student()).training_step(batch)
     assert (terms["reward_margin"], terms["reward_accuracy"]) == (0.0, 0.5)
     assert math.isfinite(terms["loss"])
+
+
+@BOTH
+def test_the_margin_of_log_ratios_and_the_accuracy_do_not_depend_on_beta(make: Callable[..., Any]) -> None:
+    reference = {"ref_model": make_student(seed=3)} if make is dpo else {}
+    first, second = (make(make_student(), beta=beta, **reference).evaluate([batch_of()]) for beta in (0.1, 1.0))
+    for name in ("val_reward_accuracy", "val_log_ratio_margin"):
+        assert first[name] == pytest.approx(second[name], rel=1e-5)
+    assert first["val_loss"] != pytest.approx(second["val_loss"], rel=1e-3)
+    assert first["val_log_ratio_margin"] == pytest.approx(first["val_reward_margin"] / 0.1)
 
 
 @BOTH
