@@ -1,14 +1,16 @@
 """From a plan to ready parts: what training needs is made or opened, tokenizer, packed blocks, teacher, student."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from kd.adapters import add_adapters
 from kd.cache import all_or_nothing
 from kd.checkpoint import load_weights
-from kd.config import Config, CorpusConfig, IntegerConfig, LoRAConfig
+from kd.config import Config, CorpusConfig, IntegerConfig, LoRAConfig, TrainingConfig
 from kd.data import (
     BlockLoader,
     Corpus,
@@ -19,11 +21,13 @@ from kd.data import (
     bpe_content,
     bpe_tokenizer_directory,
     build_blocks,
+    end_of_text_id,
     eval_loader,
     find_blocks,
     num_token_ids,
     train_loader,
 )
+from kd.data.corpora import TRAIN
 from kd.distributed import own_device, seed_everything
 from kd.errors import ConfigError
 from kd.model import StudentModel
@@ -35,6 +39,14 @@ from kd.teacher import Teacher
 from kd.teacher_choice import open_teacher, teacher_content
 from kd.trainers.machine import require_compiler
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BEGINNING = 10_000
+"""Characters of the corpus that are looked at before it is encoded."""
+BATCH = 1000
+HOLDS_IDS = ("input_ids", "labels", "prompts")
+"""Ends of the names of tensors in a batch that are token ids."""
 Loader = BlockLoader | PositionedLoader[EncodedExamples]
 
 
@@ -66,14 +78,15 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
         require_compiler(device)
     if not isinstance(plan.data, Corpus):
         tokenizer = plan.tokenizer.load()
-        _check_vocabulary_fits(config, num_token_ids(tokenizer))
+        _check_end_of_text(plan, tokenizer)
         examples = open_example_loaders(config, plan.data, tokenizer)
+        _check_tokens(plan, num_token_ids(tokenizer), examples)
         return Parts(device, _new_student(plan), None, None, plan.tokenizer, *examples)
     with all_or_nothing():
         source = _place_tokenizer(plan, plan.data)
-        blocks = _place_blocks(config, plan.data, source)
+        blocks = _place_blocks(plan, plan.data, source)
         loaders = _open_loaders(config, blocks)
-    _check_vocabulary_fits(config, loaders[0].dataset.vocab_size)
+    _check_tokens(plan, loaders[0].dataset.vocab_size, loaders)
     content = teacher_content(plan, blocks, device, stop)
     teacher = open_teacher(plan, content, blocks, loaders[0], loaders[1], device, stop)
     return Parts(device, _new_student(plan), teacher, content, source, *loaders)
@@ -107,23 +120,17 @@ def _place_tokenizer(plan: Plan, corpus: Corpus) -> TokenizerSource:
     return source
 
 
-def _place_blocks(config: Config, corpus: Corpus, source: TokenizerSource) -> Path:
+def _place_blocks(plan: Plan, corpus: Corpus, source: TokenizerSource) -> Path:
     """The packed blocks' directory. Loading a tokenizer takes longer than all else in a start with a warm cache."""
-    assert isinstance(config.data, CorpusConfig)
-    blocks = find_blocks(corpus, source.content_fingerprint, config.data.seq_len)
+    data = plan.config.data
+    assert isinstance(data, CorpusConfig)
+    blocks = find_blocks(corpus, source.content_fingerprint, data.seq_len)
     if blocks is not None:
         return blocks
     tokenizer = source.load()
-    _check_vocabulary_fits(config, num_token_ids(tokenizer))
-    return build_blocks(corpus, tokenizer, source.content_fingerprint, config.data.seq_len)
-
-
-def _check_vocabulary_fits(config: Config, size: int) -> None:
-    if size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {size} tokens: "
-            f"set model.vocab_size={size} or more."
-        )
+    _check_end_of_text(plan, tokenizer)
+    _check_beginning(plan, corpus, tokenizer)
+    return build_blocks(corpus, tokenizer, source.content_fingerprint, data.seq_len)
 
 
 def _open_loaders(config: Config, blocks: Path) -> tuple[BlockLoader, BlockLoader, BlockLoader | None]:
@@ -139,3 +146,55 @@ def _open_loaders(config: Config, blocks: Path) -> tuple[BlockLoader, BlockLoade
         eval_loader(PackedBlocks(blocks, "validation", limit), size, workers),
         test,
     )
+
+
+# --- tokens beyond the model's rows --------------------------------------------------------------------------------
+
+
+def _check_end_of_text(plan: Plan, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Refuse at once what would be refused of any data, since each text ends with this token."""
+    _check_largest(plan, num_token_ids(tokenizer), end_of_text_id(tokenizer))
+
+
+def _check_beginning(plan: Plan, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Refuse a vocabulary that is far too small before the whole corpus is encoded."""
+    text = next(corpus.texts(TRAIN))[:BEGINNING]
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    _check_largest(plan, num_token_ids(tokenizer), max(ids, default=0))
+
+
+def _check_tokens(plan: Plan, num_ids: int, loaders: Sequence[Loader | None]) -> None:
+    """Check that the model has a row for each token in the data; a tokenizer may know others, which never occur."""
+    if num_ids <= plan.config.model.vocab_size:
+        return
+    for loader in loaders:
+        if loader is not None:
+            _check_largest(plan, num_ids, _largest_id(loader.dataset))
+
+
+def _largest_id(part: PackedBlocks | EncodedExamples) -> int:
+    largest = 0
+    for start in range(0, len(part), BATCH):
+        batch = part[list(range(start, min(start + BATCH, len(part))))]
+        ids = [values for name, values in batch.items() if name.endswith(HOLDS_IDS)]
+        largest = max(largest, *(int(values.max()) for values in ids))
+    return largest
+
+
+def _check_largest(plan: Plan, num_ids: int, largest: int) -> None:
+    rows = plan.config.model.vocab_size
+    if largest < rows:
+        return
+    problem = f"model.vocab_size={rows} is less than the tokenizer's {num_ids} tokens, and the data hold the one of "
+    problem += f"the id {largest}: "
+    if plan.teacher is not None and isinstance(plan.config.train, TrainingConfig):
+        raise ConfigError(
+            f"{problem}the teacher has no logit for it either. Give the tokenizer that the teacher was trained with, "
+            "or take that token out of the text."
+        )
+    if plan.start is not None:
+        raise ConfigError(
+            f"{problem}the model of init_from={plan.config.init_from} has no row for it. Give the tokenizer that it "
+            "was trained with, or take that token out of the data."
+        )
+    raise ConfigError(f"{problem}set model.vocab_size={num_ids} or more.")

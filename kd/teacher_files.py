@@ -211,7 +211,8 @@ def _locate_on_hub(model_id: str, revision: str | None) -> tuple[str, str]:
     except LocalEntryNotFoundError as error:
         raise DataError(
             f"teacher.model_id={model_id} is not in the local cache, and {reason}. Fetch it where there is a network: "
-            f"{fetch_command(model_id, revision)}  -- or use a local copy: teacher=local teacher.path=DIR."
+            f"{fetch_command(model_id, revision)}  -- or use a local copy: teacher=local teacher.path=DIR "
+            f"(a relative path counts from the working directory, {Path.cwd()})."
         ) from error
     log.info("Using the cached copy of %s, since %s", model_id, reason)
     snapshot = Path(cached).parent  # by path: under its id every file would be asked of the Hub again

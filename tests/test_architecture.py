@@ -225,12 +225,13 @@ def swallows(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Try):
             continue
-        caught: list[str] = []
+        passed_on = False
         for clause in node.handlers:
-            caught.append("BaseException" if clause.type is None else ast.unparse(clause.type))
+            caught = "BaseException" if clause.type is None else ast.unparse(clause.type)
             raises = isinstance(clause.body[-1], ast.Raise) and clause.body[-1].exc is None
-            if caught[-1] in BROAD and not raises and "Interrupted" not in caught[:-1]:
+            if caught in BROAD and not raises and not passed_on:
                 yield f"line {clause.lineno}"
+            passed_on |= raises and caught in BROAD | {"Interrupted"}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +243,8 @@ def swallows(tree: ast.AST) -> Iterator[str]:
         ("except KDError:\n    pass", 1),
         ("except Exception:\n    clean()\n    raise", 0),
         ("except Interrupted:\n    raise\nexcept Exception:\n    pass", 0),
+        ("except KDError:\n    raise\nexcept Exception:\n    pass", 0),
+        ("except Interrupted:\n    pass\nexcept Exception:\n    pass", 1),
         ("except OSError:\n    pass", 0),
     ],
 )
