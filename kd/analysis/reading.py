@@ -186,8 +186,7 @@ def _series(run: RunFiles, history: dict[str, Any]) -> Series:
 
 def _read_metrics(run: RunFiles, history: dict[str, Any], result: dict[str, Any]) -> None:
     for key in FINAL:
-        last = run.series[key][1][-1] if run.series.get(key, ([], []))[1] else math.nan
-        run.metrics[key] = _agreed(run, key, last, number(result.get(key)))
+        run.metrics[key] = _agreed(run, key, _final(run, key, history), number(result.get(key)))
     for key in TOTALS:
         run.metrics[key] = _agreed(run, key, number(history.get(key)), number(result.get(key)))
     run.metrics |= {key: number(result.get(key)) for key in RESULT_ONLY}
@@ -200,6 +199,15 @@ def _read_metrics(run: RunFiles, history: dict[str, Any], result: dict[str, Any]
     run.metrics["clip_rate"] = _clip_rate(run)
     if run.state == "done" and math.isnan(run.metrics["val_loss"]):
         run.problems.append(f"{run.directory} has no final validation loss: it stays out of comparisons.")
+
+
+def _final(run: RunFiles, key: str, history: dict[str, Any]) -> float:
+    """Return a series' value of the final weights: the last, unless training has gone back to an earlier step."""
+    steps, values = run.series.get(key, ([], []))
+    if not values:
+        return math.nan
+    step = number(history.get("final_step"))
+    return values[steps.index(step)] if step in steps else values[-1]
 
 
 def _agreed(run: RunFiles, key: str, raw: float, summary: float) -> float:

@@ -274,10 +274,9 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         if self.val_loader is not None:
             if self.config.early_stopping_patience is not None:
                 self._return_to_best()
+            log.info("Final evaluation, on the whole validation set")
             self.final_scores = self.score()
-            steps = self.history.validation.get("val_step", [])
-            if not steps or steps[-1] != self.step:
-                self._record_scores(self.final_scores)
+            self._record_final_scores(self.final_scores)
             loss = self.final_scores.metrics()["val_loss"]
             assert loss is not None
             if not math.isfinite(loss):
