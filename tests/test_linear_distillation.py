@@ -139,8 +139,8 @@ def test_any_problem_is_finite_and_equals_float64(
     assert all(bool(value.isfinite().all()) for value in (total, *terms.values(), *gradients))
     expected_terms, expected = in_float64(problem, alpha, temperature)
     # Logits / T are as large as the largest |logit| / T, so rounding them once costs eps of that; the KL is a sum of
-    # three such terms (the mean gap, up to twice as large, and two log-sum-exps) and carries T^2. That vanishes with the
-    # logits; what the sums of exponentials are rounded by does not. The contract beyond eps * |logit| / T * T^2 is
+    # three such terms (the mean gap, up to twice as large, and two log-sum-exps) and carries T^2. That vanishes with
+    # the logits; what the sums of exponentials are rounded by does not. The contract beyond eps * |logit| / T * T^2 is
     # therefore 2 eps (1 + sqrt V) T^2: each exponential is off by eps of itself, and a sum of V of them by V - 1
     # roundings, independent ones, which grow as their root (Higham and Mary 2019, SIAM J. Sci. Comput. 41, A2815). A
     # relative error of a sum is an error of its logarithm, and the KL has two of these, as float32's log_softmax has.
