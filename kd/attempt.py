@@ -238,9 +238,10 @@ def _write_samples(directory: Path, student: StudentModel, parts: Parts) -> None
 def _summarise(trainer: AnyTrainer) -> dict[str, Any]:
     history = trainer.history
     totals = {name: value for name, value in history.totals.items() if name.startswith(("test_", "quantized_"))}
+    final = history.validation["val_step"].index(trainer.final_step)
     return {
         "steps": trainer.step,
-        **{name: column[-1] for name, column in history.validation.items() if name != "val_step"},
+        **{name: column[final] for name, column in history.validation.items() if name != "val_step"},
         "best_val_loss": trainer.best_val_loss,
         "best_step": trainer.best_step,
         "teacher_val_ppl": history.totals.get("teacher_val_ppl"),

@@ -345,7 +345,7 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def forward_flops_per_token(config: ModelConfig, seq_len: float) -> float:
     """Return the FLOPs of the matrix products of one token's forward pass, averaged over a sequence.
 
     A product with an (n, m) matrix is 2nm (one multiplication, one addition each). Per layer, with key/value width
@@ -355,7 +355,8 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     Args:
         config: of the model.
-        seq_len: sequence length L, in tokens.
+        seq_len: sequence length L, in tokens. Of sequences of several lengths: the mean over tokens of the length of
+            the sequence that a token is in, for attention grows linearly with that.
     """
     width, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
     projections = 2 * width * (2 * width + 2 * kv_width + 3 * config.intermediate_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kd.checkpoint_files import MODEL_FILE
 from kd.config import IntegerConfig
-from kd.errors import ConfigError, IntegrityError
+from kd.errors import IntegrityError
 from kd.extras import quiet_import, require_extra
 from kd.files import check_directory, publish_directory
 from kd.heads import head_and_embedding
@@ -36,9 +36,9 @@ def fake_quantize(model: nn.Module, config: IntegerConfig) -> None:
         config: What to round to.
 
     Raises:
-        ConfigError: if torchao is not installed, or if groups are not whole in every layer.
+        ConfigError: if torchao is not installed, or if a layer has a width that cannot be rounded.
     """
-    _check_groups(model, config)
+    _check_widths(model, config)
     _apply(model, config, "prepare")
 
 
@@ -112,17 +112,12 @@ def _is_in_body(model: nn.Module) -> Callable[[nn.Module, str], bool]:
     return lambda module, name: isinstance(module, nn.Linear) and name not in ends
 
 
-def _check_groups(model: nn.Module, config: IntegerConfig) -> None:
+def _check_widths(model: nn.Module, config: IntegerConfig) -> None:
     is_in_body = _is_in_body(model)
     for name, module in model.named_modules():
-        if config.group_size is None or not is_in_body(module, name):
-            continue
-        assert isinstance(module, nn.Linear)
-        if module.in_features % config.group_size:
-            raise ConfigError(
-                f"quantization.group_size={config.group_size} does not divide the {module.in_features} inputs of "
-                f"{name}: use a divisor, or null for a scale a row."
-            )
+        if is_in_body(module, name):
+            assert isinstance(module, nn.Linear)
+            config.check_width(module.in_features, f"the {module.in_features} inputs of {name}")
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

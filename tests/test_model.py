@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from kd.config import ModelConfig
 from kd.losses import causal_lm_loss
@@ -296,3 +298,15 @@ def test_flops_count_every_matrix_once_and_the_causal_half_of_attention() -> Non
     seen = sum(position + 1 for position in range(LENGTH)) / LENGTH
     attention = CONFIG.num_layers * 2 * (2 * CONFIG.hidden_size * seen)
     assert forward_flops_per_token(CONFIG, LENGTH) == pytest.approx(2 * matrices + attention)
+
+
+@pytest.mark.parametrize("length", [1, 5, LENGTH])
+def test_flops_are_those_that_torch_counts(length: int) -> None:
+    """Token by token with a cache: so each sees its past alone, where torch counts all of a causal mask's square."""
+    student = StudentModel(CONFIG).eval()
+    cache = KeyValueCache(CONFIG, 1, length, torch.device("cpu"), torch.float32)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products torch counts
+        for token in torch.arange(length):
+            student(token.view(1, 1), cache=cache)
+    assert counter.get_total_flops() == length * forward_flops_per_token(CONFIG, length)

@@ -26,7 +26,17 @@ from .llama import make_llama
 from .test_adapters import EVERY_TRAINER, trainer_of
 from .test_composition import config_of
 from .trainers.examples import dpo, make_pairs
-from .trainers.helpers import history_of, make_batches, make_student, pretrain, same_tensors, stop_in, weights
+from .trainers.helpers import (
+    LENGTH,
+    VOCAB,
+    history_of,
+    make_batches,
+    make_student,
+    pretrain,
+    same_tensors,
+    stop_in,
+    weights,
+)
 
 INT8, INT4 = IntegerConfig(), IntegerConfig(weight_bits=4, group_size=8)
 SCHEMES = pytest.mark.parametrize("config", [INT8, INT4], ids=["int8", "int4"])
@@ -71,6 +81,12 @@ def rounded(weight: Tensor, config: IntegerConfig) -> Tensor:
         (("quantization=int4", "quantization.group_size=0"), ["quantization.group_size=0"]),
         (("quantization=int4", "quantization.group_size=64"), ["group_size=64", "model.hidden_size=96"]),
         (("quantization=int4", "model.intermediate_size=250"), ["group_size=32", "model.intermediate_size=250"]),
+        (
+            ("quantization=int4", "quantization.group_size=null", "model.intermediate_size=255"),
+            ["quantization.weight_bits=4", "model.intermediate_size=255", "odd", "weight_bits=8"],
+        ),
+        (("quantization=int4", "quantization.group_size=1"), ["quantization.group_size=1", "2 or more"]),
+        (("quantization=int8", "model.intermediate_size=1"), ["model.intermediate_size=1", "2 weights or more"]),
         (("quantization=int8", "adapter=lora"), ["adapter=lora", "quantization=int8"]),
         (("quantization=int4", "train.compile=true"), ["train.compile=true", "quantization"]),
         (("quantization=int4", "train.strategy=fsdp"), ["train.strategy=fsdp and quantization=int4", "strategy=ddp"]),
@@ -98,6 +114,30 @@ def test_runs_without_rounding_keep_their_identity() -> None:
 
 
 # --- the model --------------------------------------------------------------------------------------------------
+
+
+@needs_torchao
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("width", "group"), [(2, None), (25, None), (26, None), (3, 3), (6, 3), (30, 5), (2, 2)])
+def test_every_width_that_is_not_refused_can_be_rounded_kept_and_read(
+    bits: int, width: int, group: int | None, tmp_path: Path
+) -> None:
+    config = IntegerConfig(bits, group)
+    hidden = 30 if group != 2 else 4
+    model = StudentModel(ModelConfig(hidden, 1, 1, 1, width, vocab_size=VOCAB, max_seq_len=LENGTH))
+    try:
+        config.check_fits(model.config)
+    except ConfigError:
+        assert bits == 4
+        assert width % 2 == 1
+        with pytest.raises(ConfigError, match=r"the \d+ inputs of layers.0.ffn.down_proj"):
+            fake_quantize(model, config)
+        return
+    quantize(model, config)
+    save_quantized(tmp_path / "q", model, config)
+    other = StudentModel(model.config)
+    load_quantized(tmp_path / "q", other, config)
+    assert torch.equal(other(tokens()), model(tokens()))
 
 
 @needs_torchao

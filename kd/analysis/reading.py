@@ -221,8 +221,7 @@ def _series(run: RunFiles, history: dict[str, Any]) -> Series:
 
 def _read_metrics(run: RunFiles, history: dict[str, Any], result: dict[str, Any]) -> None:
     for key in FINAL:
-        last = run.series[key][1][-1] if run.series.get(key, ([], []))[1] else math.nan
-        run.metrics[key] = _agreed(run, key, last, number(result.get(key)))
+        run.metrics[key] = _agreed(run, key, _final(run, key, history), number(result.get(key)))
     for key in TOTALS:
         run.metrics[key] = _agreed(run, key, number(history.get(key)), number(result.get(key)))
     run.metrics |= _objectives(run.metrics)
@@ -242,6 +241,15 @@ def _objectives(metrics: dict[str, float]) -> dict[str, float]:
     measured: dict[str, float] = {"val_loss": math.nan, "test_loss": math.nan}
     measured |= {name: value for name, value in metrics.items() if not math.isnan(value)}
     return {f"{part}_objective": objective(measured, part) for part in ("val", "test")}
+
+
+def _final(run: RunFiles, key: str, history: dict[str, Any]) -> float:
+    """Return a series' value of the final weights: the last, unless training has gone back to an earlier step."""
+    steps, values = run.series.get(key, ([], []))
+    if not values:
+        return math.nan
+    step = number(history.get("final_step"))
+    return values[steps.index(step)] if step in steps else values[-1]
 
 
 def _agreed(run: RunFiles, key: str, raw: float, summary: float) -> float:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kd.config.checks import require, require_positive
+from kd.config.checks import require
 from kd.config.model import ModelConfig
 from kd.errors import ConfigError
 
@@ -37,11 +37,12 @@ class IntegerConfig(QuantizationConfig):
     weight_bits: int = 8
     """Bits of a weight: 8 or 4."""
     group_size: int | None = None
-    """Weights that share a scale, along a row; null: the row."""
+    """Weights that share a scale, along a row, at least 2; null: the row."""
 
     def __post_init__(self) -> None:
         require(self.weight_bits in (4, 8), "quantization.weight_bits", self.weight_bits, "use 8 or 4")
-        require_positive("quantization", self, "group_size")
+        is_group = self.group_size is None or self.group_size >= 2
+        require(is_group, "quantization.group_size", self.group_size, "it must be 2 or more, or null")
 
     @property
     def label(self) -> str:
@@ -49,15 +50,30 @@ class IntegerConfig(QuantizationConfig):
         return f"-int{self.weight_bits}"
 
     def check_fits(self, model: ModelConfig) -> None:
-        """Check that groups are whole in each linear layer of a student's blocks.
-
-        Raises:
-            ConfigError: if they are not.
-        """
+        """Check that each linear layer of a student's blocks can be rounded; see `check_width`."""
         for name in ("hidden_size", "intermediate_size"):
             width = getattr(model, name)
-            if self.group_size is not None and width % self.group_size:
-                raise ConfigError(
-                    f"quantization.group_size={self.group_size} does not divide model.{name}={width}: use a common "
-                    "divisor of model.hidden_size and model.intermediate_size, or null for a scale a row."
-                )
+            self.check_width(width, f"model.{name}={width}")
+
+    def check_width(self, width: int, named: str) -> None:
+        """Check that a linear layer can be rounded, kept and read: groups are whole, 4 bits two to a byte.
+
+        Args:
+            width: Its inputs.
+            named: They, in words.
+
+        Raises:
+            ConfigError: if it cannot.
+        """
+        if width < 2:
+            raise ConfigError(f"quantization cannot round {named}: a row must have 2 weights or more.")
+        if self.weight_bits == 4 and width % 2:
+            raise ConfigError(
+                f"quantization.weight_bits=4 does not go with {named}, which is odd: two weights share a byte. Use an "
+                "even number, or quantization.weight_bits=8."
+            )
+        if self.group_size is not None and width % self.group_size:
+            raise ConfigError(
+                f"quantization.group_size={self.group_size} does not divide {named}: use a divisor of the inputs of "
+                "every layer (model.hidden_size, model.intermediate_size), or null for a scale a row."
+            )

@@ -73,6 +73,16 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         """Return how many units the loss of a batch is a mean over: its valid targets. 0-d, or (K,) for K parts."""
         return (batch["labels"] != IGNORE_INDEX).sum()
 
+    def _sequence_lengths(self, batch: Batch) -> Tensor:
+        """Return the lengths of a prepared batch's sequences, (B,): each ends with its last target, then comes padding.
+
+        Of a batch that has no labels there are none, (0,).
+        """
+        if "labels" not in batch:
+            return torch.zeros(0, dtype=torch.int64, device=self.device)
+        places = torch.arange(1, batch["labels"].size(1) + 1, device=self.device)
+        return (places * (batch["labels"] != IGNORE_INDEX)).amax(dim=1)
+
     # --- the loop ------------------------------------------------------------------------------------------------
 
     @final
@@ -146,12 +156,15 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         units = reduce_tensor(torch.stack(counts).sum(dim=0), op="sum").clamp_min(1)
         counting = [batch for batch, dealt in zip(batches, window, strict=True) if dealt.counts]
         tokens = sum_of_all(sum(self._count_tokens(batch) for batch in counting))
+        lengths = [self._sequence_lengths(batch) for batch in counting]
         first = self.step
         for _ in range(min(self.optimization_epochs, self.total_steps - first)):
             for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
                 self._record_terms(self._backward(batch, count, units, index == len(batches) - 1), count)
             self._optimizer_step()
             self._meter.tokens += tokens
+            if lengths:
+                self._meter.add_lengths(torch.cat(lengths))
             self.step += 1
             self._after_step(batches[-1], progress)
         # Not within a window: a checkpoint, which either may lead to, knows positions between windows only.
@@ -261,10 +274,9 @@ class BaseTrainer(EvaluatingTrainer[C], ABC):
         if self.val_loader is not None:
             if self.config.early_stopping_patience is not None:
                 self._return_to_best()
+            log.info("Final evaluation, on the whole validation set")
             self.final_scores = self.score()
-            steps = self.history.validation.get("val_step", [])
-            if not steps or steps[-1] != self.step:
-                self._record_scores(self.final_scores)
+            self._record_final_scores(self.final_scores)
             loss = self.final_scores.metrics()["val_loss"]
             assert loss is not None
             if not math.isfinite(loss):

@@ -14,6 +14,7 @@ from kd.config import TrainingConfig
 from kd.errors import NumericError
 from kd.heads import logits_of
 from kd.losses import distillation_loss
+from kd.model import StudentModel, forward_flops_per_token
 from kd.teacher import LiveTeacher, Teacher
 from kd.trainers.base import Terms
 from kd.trainers.evaluation import BlockScores, score_logits, sum_blocks
@@ -121,9 +122,13 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         student = logits_of(self.model(batch["input_ids"]))
         return score_logits(student, None if teacher is None else teacher.logits(batch), batch["labels"])
 
-    def _flops_per_token(self) -> float:
-        teacher = self.teacher.flops_per_token if self.teacher is not None and self.config.alpha > 0 else 0.0
-        return super()._flops_per_token() + teacher
+    def _flops_per_token(self, length: float) -> float:
+        own = super()._flops_per_token(length)
+        if self.teacher is None or self.config.alpha == 0:
+            return own
+        if isinstance(self.teacher, LiveTeacher) and isinstance(self.teacher.model, StudentModel):
+            return own + forward_flops_per_token(self.teacher.model.config, length)
+        return own + self.teacher.flops_per_token
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         teacher = "none" if self.teacher is None else self.teacher.description

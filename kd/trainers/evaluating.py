@@ -3,7 +3,7 @@
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 import torch
 
@@ -14,6 +14,7 @@ from kd.runs import Number
 from kd.stop import STOPPED
 from kd.trainers.dealing import check_dealing, deal
 from kd.trainers.evaluation import BlockScores, Scores
+from kd.trainers.progress import tracked
 from kd.trainers.state import Batch, C, TrainerState
 
 log = logging.getLogger("kd")
@@ -70,7 +71,7 @@ class EvaluatingTrainer(TrainerState[C], ABC):
         try:
             parts: list[Scores] = []
             seen = 0
-            for dealt in deal(loader):
+            for dealt in tracked(deal(loader), "Evaluation", self._batches_to_score(loader, max_blocks)):
                 self.raise_if_stopped()
                 with torch.autocast(self.device.type, enabled=False):
                     part = self._score_batch(self._prepare_for_scoring(dealt.batch), with_teacher)
@@ -87,6 +88,13 @@ class EvaluatingTrainer(TrainerState[C], ABC):
             raise ValueError("the validation loader is empty: there is nothing to evaluate")
         scores = parts[0].joined(parts)
         return scores if max_blocks is None else scores.first(max_blocks)
+
+    def _batches_to_score(self, loader: Iterable[Batch], max_blocks: int | None) -> int | None:
+        """Return about how many batches this process scores, None if it cannot be told."""
+        if not isinstance(loader, Sized):
+            return None
+        limit = len(loader) if max_blocks is None else -(-max_blocks // self.config.batch_size)
+        return -(-min(len(loader), limit) // self.world_size)
 
     def _evaluate_if_due(self) -> None:
         steps = self.history.validation.get("val_step", [])
@@ -117,17 +125,47 @@ class EvaluatingTrainer(TrainerState[C], ABC):
         steps = self.history.validation.get("val_step", [])
         if not steps or steps[-1] != self.step:
             self._record_scores(self.score(max_blocks=self.config.eval_blocks))
-        for column in self.history.validation.values():
-            column.pop()  # the final evaluation takes its place
+        if self._has_stopped_gaining():
+            log.info(
+                "Stopped early at step %d of %d: %d evaluations in a row (train.early_stopping_patience) were not "
+                "below that of step %s, the best",
+                self.step,
+                self.total_steps,
+                self._evaluations_without_gain,
+                self.best_step,
+            )
         if self.best_step not in (None, self.step):
+            assert self.best_step is not None
             log.info("Going back to the weights of step %d, whose validation loss is lowest", self.best_step)
             self.strategy.load_weights(self._checkpoint_path(self.best_step), self.model)
+            self.history.totals["final_step"] = self.best_step
 
-    def _record_scores(self, scores: Scores) -> None:
-        row: dict[str, Number] = {"val_step": self.step, **scores.metrics()}
+    @property
+    def final_step(self) -> int:
+        """The step of which the weights are: the latest, unless training has gone back to the best."""
+        return int(self.history.totals.get("final_step") or self.step)
+
+    def _record_final_scores(self, scores: Scores) -> None:
+        """Enter the final evaluation in place of an earlier one of the same weights: each value has its own step."""
+        steps = self.history.validation.get("val_step", [])
+        if self.final_step not in steps:
+            self._record_scores(scores)
+            return
+        row = steps.index(self.final_step)
+        for name, value in self._row_of(scores).items():
+            self.history.validation[name][row] = self.history.finite(name, value)
+        log.info("final, of step %d  %s", self.final_step, _describe(self._row_of(scores)))
+        self._write_history()
+
+    def _row_of(self, scores: Scores) -> dict[str, Number]:
+        row: dict[str, Number] = dict(scores.metrics())
         if isinstance(scores, BlockScores):
             self.history.totals["teacher_val_ppl"] = self.history.finite("teacher_val_ppl", row.pop("teacher_val_ppl"))
             row["val_bits_per_byte"] = self._bits_per_byte(scores)
+        return row
+
+    def _record_scores(self, scores: Scores) -> None:
+        row: dict[str, Number] = {"val_step": self.step, **self._row_of(scores)}
         self.history.append(self.history.validation, row)
         log.info("step %d  %s", self.step, _describe(row))
         # The last evaluation takes all blocks: compare on those that every evaluation has seen.

@@ -15,6 +15,7 @@ class Meter:
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
         self.tokens = 0
+        self._lengths: Tensor | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -34,19 +35,42 @@ class Meter:
             self._weights[name] = self._weights[name] + weight if name in self._weights else weight
         self._latest |= values
 
+    def add_lengths(self, lengths: Tensor) -> None:
+        """Take in the lengths of sequences, (B,) int64."""
+        own = torch.stack([lengths.sum(), lengths.square().sum()])
+        self._lengths = own if self._lengths is None else self._lengths + own
+
+    def sequence_tokens(self) -> tuple[int, float]:
+        """Return the tokens of all sequences since the beginning, and the mean length of the sequence that one is in.
+
+        Unlike `tokens` it leaves out padding. All processes must ask.
+        """
+        own = (0, 0) if self._lengths is None else tuple(self._lengths.tolist())
+        tokens, squares = (sum(values) for values in zip(*gather_objects(own), strict=True))
+        return tokens, squares / max(tokens, 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to finish the current interval as if it had not stopped.
 
         All processes must ask.
         """
-        return {"tokens": self.tokens, "sums": _added(self._sums), "weights": _added(self._weights)}
+        lengths = {} if self._lengths is None else {"lengths": self._lengths}
+        return {
+            "tokens": self.tokens,
+            "lengths": _added(lengths),
+            "sums": _added(self._sums),
+            "weights": _added(self._weights),
+        }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore what `state_dict` returned; in one process, since it is of all."""
         self.tokens = state["tokens"]
         self._reset()
         if get_rank() > 0:
+            self._lengths = None
             return
+        lengths = state["lengths"].get("lengths")
+        self._lengths = None if lengths is None else lengths.to(device)
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self._weights = {name: value.to(device) for name, value in state["weights"].items()}
 

@@ -3,7 +3,9 @@
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -11,6 +13,23 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from kd.distributed import get_rank
 
 log = logging.getLogger("kd")
+
+T = TypeVar("T")
+SECONDS = 30
+"""Between log lines of what has no steps to count."""
+
+
+def tracked(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    """Yield items, with a bar on a terminal, and elsewhere a log line every `SECONDS`; nothing if it is soon over."""
+    hidden = None if get_rank() == 0 else True
+    started = said = time.monotonic()
+    bar = tqdm(items, desc=description, total=total, unit="batch", disable=hidden, leave=False, delay=1)
+    for number, item in enumerate(bar):
+        if (now := time.monotonic()) - said > SECONDS:
+            left = "" if total is None else f", {_clock((now - started) / max(number, 1) * (total - number))} left"
+            log.info("%s: %d of %s batches%s", description, number, total or "an unknown number of", left)
+            said = now
+        yield item
 
 
 class Progress:
@@ -56,7 +75,10 @@ class Progress:
 
     def _remaining(self, step: int) -> str:
         done = max(step - self._first_step, 1)
-        seconds = (time.monotonic() - self._started) / done * (self._total - step)
-        minutes, seconds = divmod(int(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        return _clock((time.monotonic() - self._started) / done * (self._total - step))
+
+
+def _clock(seconds: float) -> str:
+    minutes, whole = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"

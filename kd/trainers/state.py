@@ -148,15 +148,28 @@ class TrainerState(Generic[C]):
     def _load_extra_checkpoint_state(self, state: dict[str, Any]) -> None:
         """Restore what `_get_extra_checkpoint_state` returned."""
 
-    def _flops_per_token(self) -> float:
+    def _flops_per_token(self, length: float) -> float:
         """Return the training FLOPs of one token: forward and backward of the trained model (3 forward passes).
 
         Weights beside adapters need no gradients of their own (2 forward passes).
+
+        Args:
+            length: Mean length of the sequence that a token is in.
         """
         passes = 2 if holds_adapters(self.model) else 3
         if isinstance(self.model, StudentModel):
-            return passes * forward_flops_per_token(self.model.config, self.model.config.max_seq_len)
+            return passes * forward_flops_per_token(self.model.config, length)
         return 2.0 * passes * num_parameters(self.model)
+
+    def _flops(self) -> float:
+        """Return the training FLOPs so far, without those of padding; all processes must ask."""
+        tokens, length = self._meter.sequence_tokens()
+        if tokens == 0:  # batches of a kind of their own, of which no more is known
+            tokens, length = self._meter.tokens, self._longest()
+        return tokens * self._flops_per_token(length)
+
+    def _longest(self) -> int:
+        return self.model.config.max_seq_len if isinstance(self.model, StudentModel) else 1
 
     @property
     def _batches_per_step(self) -> int:
@@ -225,7 +238,10 @@ class TrainerState(Generic[C]):
         self.current_loss = state["current_loss"]
         self.best_val_loss, self.best_step = state["best_val_loss"], state["best_step"]
         self.history = History(**state["history"])
-        self._meter.load_state_dict(state["meter"], self.device)
+        meter = state["meter"]
+        # An earlier checkpoint has no lengths: it counted all sequences as the longest.
+        earlier = {"lengths": torch.tensor([meter["tokens"], meter["tokens"] * self._longest()])}
+        self._meter.load_state_dict({"lengths": earlier, **meter}, self.device)
         self._bad_steps = state["bad_steps"]
         self._taken_steps = state.get("taken_steps", self.step - self._bad_steps)  # earlier checkpoints do not say
         self.precision.load_state_dict(state["loss_scale"])
@@ -275,7 +291,7 @@ class TrainerState(Generic[C]):
     def _write_history(self) -> None:
         totals = self.history.totals
         totals["tokens"] = self._meter.tokens
-        totals["flops"] = self._meter.tokens * self._flops_per_token()
+        totals["flops"] = self._flops()
         totals["parameters"] = num_parameters(self.model)
         self.history.timing["wall_seconds"] = round(self._wall_seconds(), 3)
         self.history.timing["peak_memory_bytes"] = peak_memory_bytes(self.device)

@@ -84,7 +84,10 @@ def early_stopping(folder: Path, strategy: str) -> None:
     assert trainer.best_step is not None
     assert trainer.best_step < trainer.step
     assert is_same_everywhere((trainer.step, trainer.best_step, trainer.history.validation))
-    assert trainer.history.validation["val_loss"][-1] == pytest.approx(trainer.best_val_loss)
+    final = trainer.history.validation["val_step"].index(trainer.final_step)
+    assert trainer.history.validation["val_loss"][final] == pytest.approx(trainer.best_val_loss)
+    assert trainer.final_scores is not None
+    assert trainer.final_scores.metrics()["val_loss"] == pytest.approx(trainer.best_val_loss)
 
 
 def half_precision(folder: Path, strategy: str) -> None:  # noqa: ARG001 - as the others

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd.data.blocks import PackedBlocks
 from kd.data.loaders import eval_loader
 from kd.errors import NumericError
-from kd.trainers import PretrainTrainer
+from kd.trainers import PretrainTrainer, progress
 from kd.trainers.base import MAX_BAD_STEPS
 from kd.trainers.state import Batch
 
@@ -87,6 +87,15 @@ def test_eval_blocks_bounds_evaluations_on_the_way_and_the_best_compares_on_the_
     assert trainer.best_step == 2 * (best + 1)
     assert losses[-1] == trainer.evaluate()["val_loss"]
     assert losses[-1] < trainer.best_val_loss  # type: ignore[operator]  # the full set is the easier one
+
+
+def test_a_long_evaluation_is_seen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(progress, "SECONDS", -1)
+    with caplog.at_level(logging.INFO, logger="kd"):
+        pretrain(make_student(), make_batches(2), make_batches(4, seed=1), num_epochs=1).train()
+    lines = [record.getMessage() for record in caplog.records]
+    assert "Final evaluation, on the whole validation set" in lines
+    assert [line for line in lines if line.startswith("Evaluation: 3 of 4 batches, 0:00 left")]
 
 
 def test_max_blocks_may_end_within_a_batch() -> None:

@@ -1,5 +1,6 @@
 """What can be switched on in every trainer: schedules, early stopping, recomputed activations, losses of parts."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kd.attempt import _summarise
 from kd.checkpoint import load_weights
 from kd.config import PretrainConfig
 from kd.errors import ConfigError, Interrupted
@@ -70,16 +72,25 @@ def overfit(run_dir: Path, **settings: Any) -> PretrainTrainer:
     return pretrain(model, make_batches(2), make_batches(4, seed=9), run_dir=run_dir, **{**MEMORISED, **settings})
 
 
-def test_early_stopping_ends_with_the_weights_of_the_lowest_loss(tmp_path: Path) -> None:
+def test_early_stopping_ends_with_the_weights_of_the_lowest_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer = overfit(tmp_path, early_stopping_patience=3)
-    trainer.train()
+    with caplog.at_level(logging.INFO, logger="kd"):
+        trainer.train()
     assert trainer.total_steps == 80
     assert trainer.best_step is not None
     assert trainer.step == trainer.best_step + 6
-    losses = trainer.history.validation["val_loss"]
-    assert losses[-1] == min(losses) == trainer.best_val_loss
-    steps = trainer.history.validation["val_step"]
-    assert steps == sorted(set(steps))
+    said = f"Stopped early at step {trainer.step} of 80: 3 evaluations in a row"
+    assert said in caplog.text
+    assert f"below that of step {trainer.best_step}, the best" in caplog.text
+    losses, steps = trainer.history.validation["val_loss"], trainer.history.validation["val_step"]
+    assert steps == list(range(2, trainer.step + 1, 2))
+    assert trainer.final_step == trainer.history.totals["final_step"] == trainer.best_step
+    assert losses[steps.index(trainer.best_step)] == min(losses) == trainer.best_val_loss
+    assert losses.count(trainer.best_val_loss) == 1  # what was measured after it stands too
+    assert trainer.final_scores is not None
+    assert trainer.final_scores.metrics()["val_loss"] == trainer.best_val_loss
     kept = make_student()
     load_weights(tmp_path / "checkpoints" / f"checkpoint-{trainer.best_step}", kept)
     assert same_tensors(weights(kept), weights(trainer.model))
@@ -99,7 +110,24 @@ def test_patience_that_never_runs_out_still_returns_to_the_best(tmp_path: Path) 
     trainer = overfit(tmp_path, early_stopping_patience=1000)
     trainer.train()
     assert trainer.step == 80
-    assert trainer.history.validation["val_loss"][-1] == trainer.best_val_loss
+    assert trainer.final_step == trainer.best_step
+    assert trainer.history.validation["val_step"][-1] == 80
+    assert trainer.final_scores is not None
+    assert trainer.final_scores.metrics()["val_loss"] == trainer.best_val_loss
+
+
+def test_an_end_that_is_loaded_again_gives_the_same_history(tmp_path: Path) -> None:
+    trainer = overfit(tmp_path, early_stopping_patience=3, eval_blocks=3)
+    trainer.train()
+    again = overfit(tmp_path, early_stopping_patience=3, eval_blocks=3)
+    again.load_checkpoint(tmp_path / "checkpoints" / f"checkpoint-{trainer.step}")
+    again.train()
+    assert history_of(again) == history_of(trainer)
+    assert again.final_scores is not None
+    assert len(again.final_scores) > 3
+    assert _summarise(again)["val_loss"] == again.final_scores.metrics()["val_loss"]
+    final = again.history.validation["val_step"].index(again.final_step)
+    assert again.history.validation["val_loss"][final] == again.final_scores.metrics()["val_loss"]
 
 
 def test_a_stopped_run_counts_its_patience_on(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from kd.checkpoint_files import MODEL_FILE
 from kd.config import TrainingConfig
-from kd.errors import NumericError
+from kd.errors import Interrupted, NumericError
 from kd.heads import LinearHead
 from kd.losses import IGNORE_INDEX, distillation_loss
-from kd.model import num_parameters
+from kd.model import forward_flops_per_token, num_parameters
 from kd.teacher import LiveTeacher
 from kd.teacher_cache import CachedTeacher
 from kd.trainers import DistillationTrainer
@@ -30,6 +30,7 @@ from .helpers import (
     make_student,
     pretrain,
     same_tensors,
+    stop_in,
     weights,
 )
 
@@ -248,6 +249,28 @@ def test_the_teachers_work_is_counted_where_it_works() -> None:
     tokens = 2 * 2 * LENGTH
     teacher = make_student(seed=77)
     assert flops[0.5] - flops[0.0] == pytest.approx(LiveTeacher(teacher, torch.device("cpu")).flops_per_token * tokens)
+
+
+def test_flops_are_of_the_sequences_there_are_and_not_of_the_longest_there_could_be(tmp_path: Path) -> None:
+    """Three steps on rows of unequal length; also where a run goes on, and with a live teacher of the same family."""
+    lengths = torch.tensor([[3, 8], [1, 5], [4, 4]])
+    batches = []
+    for number, ends in enumerate(lengths.tolist()):
+        batch = make_batch(2, seed=number)
+        for row, end in enumerate(ends):
+            batch["labels"][row, end:] = IGNORE_INDEX
+        batches.append(batch)
+    config = make_student().config
+    per_row = [length * forward_flops_per_token(config, length) for length in lengths.flatten().tolist()]
+    trainer = distill(make_student(), batches, num_epochs=1, run_dir=tmp_path)
+    stop_in(trainer, 2)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    resumed = distill(make_student(), batches, num_epochs=1, run_dir=tmp_path)
+    resumed.load_checkpoint(tmp_path / "checkpoints/checkpoint-2")
+    resumed.train()
+    assert resumed.history.totals["flops"] == pytest.approx((3 + 1) * sum(per_row), rel=1e-12)
+    assert resumed.history.totals["tokens"] == 3 * 2 * LENGTH
 
 
 def _flops(alpha: float) -> float:
