@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kd.analysis.arms import USUAL_NUISANCE, arms_of, find_nuisance, short_name
+from kd.analysis.arms import USUAL_NUISANCE, arms_of, find_nuisance, in_order, short_name
 from kd.analysis.evidence import PARTS, Part, collect, comparable_runs, has_part, setting_columns
 from kd.analysis.loading import Runs
 from kd.analysis.soundness import warnings_of
@@ -180,7 +180,8 @@ def _compare(runs: Runs, nuisance: list[str], level: float, notes: list[str]) ->
     columns = setting_columns(runs)
     varied = _panels(runs, frame)
     panels = [name for name in varied if name not in nuisance]
-    groups = [group for _, group in frame.groupby(columns, dropna=False, sort=True)]
+    ordered = frame.sort_values(columns, key=in_order, kind="stable")
+    groups = [group for _, group in ordered.groupby(columns, dropna=False, sort=False)]
     tried = pd.DataFrame([_summary(group, columns, panels, nuisance) for group in groups])
     arms = arms_of(tried, [name for name in columns if name not in nuisance])
     part = "test" if has_part(frame, "test") else "validation"
