@@ -190,8 +190,8 @@ def _compare(runs: Runs, nuisance: list[str], level: float, notes: list[str]) ->
     directories = [name for arm in arms for name in groups[arm.chosen]["directory"]]
     warnings = warnings_of(runs, tried, arms, frame, nuisance)
     if recipe := [name for name in USUAL_NUISANCE if name in panels]:
-        names = ",".join(map(short_name, recipe))
-        notes.append(f"Each setting stands at its own {names}: --best-of {names} compares the others at their best.")
+        apart, together = (",".join(map(short_name, names)) for names in (recipe, [*nuisance, *recipe]))
+        notes.append(f"Settings differ in {apart} too: --best-of {together} compares the others each at its own best.")
     evaluation = str(frame["evaluation"].iloc[0])
     return Comparison(
         settings, part, quoted, panels, has_set, notes, warnings, tried, nuisance, directories, evaluation
