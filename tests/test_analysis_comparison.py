@@ -306,7 +306,7 @@ def test_each_arm_stands_at_its_own_best() -> None:
         "Lowest validation loss of 3 settings, each at its own best learning_rate and warmup_steps: alpha 1, T 1"
         in words
     )
-    assert "the best of 18 combinations" in words
+    assert "the best learning_rate and warmup_steps, from 18 settings in all" in words
     assert len(comparison.directories) == 9
     assert comparison.table().shape == (2, 3)
     assert comparison.sensitivity().shape == (12, 3)

@@ -1,11 +1,15 @@
 """The notebooks of experiments/: paired with their scripts, and run from top to bottom on small sweeps."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import jupytext
 import nbformat
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
+from omegaconf import OmegaConf
 
 from .commands import TINY, environment, run
 from .synthetic_runs import Sweep, fail, make_grid
@@ -42,9 +46,50 @@ def test_alpha_temperature_reads_a_grid_at_two_rates() -> None:
     fail(sweep.root, "alpha0.7-temperature4-seed0-00000000", "planned")
     text = execute(ALPHA_TEMPERATURE)
     assert "alpha 1, T 1" in text
+    assert "each at its own best learning_rate" in text
     assert text.count("learning rate 0.00") == 2
-    assert "rank at 0.003" in text
+    assert "The best learning_rate is the largest or smallest" in text
     assert "5 pictures" in text
+
+
+def figures() -> ModuleType:
+    """Import the script that writes figures into pages."""
+    path = ALPHA_TEMPERATURE.with_name("figures.py")
+    spec = importlib.util.spec_from_file_location("figures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_hold_what_the_results_say() -> None:
+    script = figures()
+    names = [name for page in script.PAGES for _, name, _ in script.BLOCK.findall(page.read_text())]
+    assert sorted(names) == sorted(script.FIGURES)
+    for page in script.PAGES:
+        assert page.read_text() == script.written(page.read_text()), f"run figures.py: {page} is out of date"
+
+
+def test_the_results_are_those_of_the_runs(tmp_path: Path) -> None:
+    script = figures()
+    recipe = OmegaConf.load(script.DEFAULT_RECIPE)
+    sweep = Sweep(Path("outputs/alpha_temperature"))
+    for rate in (recipe.learning_rate, 0.01):
+        make_grid(sweep, learning_rate=rate, warmup_steps=recipe.warmup_steps)
+    script.collect(sweep.root, tmp_path)
+    runs = pd.read_csv(tmp_path / "embedded.csv")
+    assert len(runs) == 30
+    usual = runs[(runs["learning_rate"] == recipe.learning_rate) & (runs["alpha"] == 0)]
+    assert f"and {usual['val_ppl'].mean():.4g} +- {usual['val_ppl'].std():.2g} without it" in script.default(tmp_path)
+    assert script.default(tmp_path).count("3 seeds") == 1
+    arms = script.arms(tmp_path).splitlines()
+    assert len(arms) == 2 + 5
+    assert "| best |" in arms[2]
+    assert script.grid(tmp_path).count("**") == 2
+    assert script.sensitivity(tmp_path).count("**") == 2 * 5
+    assert "- Lowest validation loss of 5 settings" in script.answer(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"embedded-heatmap.png", "embedded-temperature.png"}
 
 
 @pytest.mark.slow
@@ -54,5 +99,5 @@ def test_alpha_temperature_reads_a_real_sweep() -> None:
     assert outcome.code == 0, outcome.errors
     assert "12 runs: 12 done" in outcome.output
     text = execute(ALPHA_TEMPERATURE)
-    assert "Lowest validation loss of 6 settings" in text
+    assert "Lowest validation loss of 3 settings, each at its own best learning_rate" in text
     assert "5 pictures" in text

@@ -14,6 +14,12 @@ USUAL_NUISANCE = ("learning_rate", "train.warmup_steps")
 NEVER = ("seed", "trainer")
 
 
+def in_order(values: pd.Series) -> pd.Series:
+    """Return values that sort as readers expect: numbers by size, also where they are text."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    return values if (numbers.isna() & values.notna()).any() else numbers
+
+
 def short_name(column: str) -> str:
     """Return a setting's name as a command line may have it: without the group in front."""
     return column.rpartition(".")[2]
@@ -59,7 +65,7 @@ def arms_of(tried: pd.DataFrame, columns: Sequence[str]) -> list[Arm]:
         columns: What tells arms from each other.
     """
     arms = []
-    for _, rows in tried.groupby(list(columns), dropna=False, sort=True):
+    for _, rows in tried.groupby(list(columns), dropna=False, sort=False):
         whole = rows[rows["seeds"] == rows["seeds"].max()]
         arms.append(Arm(int(whole[PARTS["validation"]].idxmin()), [int(number) for number in rows.index]))
     return arms

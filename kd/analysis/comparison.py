@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kd.analysis.arms import USUAL_NUISANCE, arms_of, find_nuisance, short_name
+from kd.analysis.arms import USUAL_NUISANCE, arms_of, find_nuisance, in_order, short_name
 from kd.analysis.evidence import PARTS, Part, collect, comparable_runs, has_part, setting_columns
 from kd.analysis.loading import Runs
 from kd.analysis.soundness import warnings_of
@@ -180,7 +180,8 @@ def _compare(runs: Runs, nuisance: list[str], level: float, notes: list[str]) ->
     columns = setting_columns(runs)
     varied = _panels(runs, frame)
     panels = [name for name in varied if name not in nuisance]
-    groups = [group for _, group in frame.groupby(columns, dropna=False, sort=True)]
+    ordered = frame.sort_values(columns, key=in_order, kind="stable")
+    groups = [group for _, group in ordered.groupby(columns, dropna=False, sort=False)]
     tried = pd.DataFrame([_summary(group, columns, panels, nuisance) for group in groups])
     arms = arms_of(tried, [name for name in columns if name not in nuisance])
     part = "test" if has_part(frame, "test") else "validation"
@@ -189,8 +190,8 @@ def _compare(runs: Runs, nuisance: list[str], level: float, notes: list[str]) ->
     directories = [name for arm in arms for name in groups[arm.chosen]["directory"]]
     warnings = warnings_of(runs, tried, arms, frame, nuisance)
     if recipe := [name for name in USUAL_NUISANCE if name in panels]:
-        names = ",".join(map(short_name, recipe))
-        notes.append(f"Each setting stands at its own {names}: --best-of {names} compares the others at their best.")
+        apart, together = (",".join(map(short_name, names)) for names in (recipe, [*nuisance, *recipe]))
+        notes.append(f"Settings differ in {apart} too: --best-of {together} compares the others each at its own best.")
     evaluation = str(frame["evaluation"].iloc[0])
     return Comparison(
         settings, part, quoted, panels, has_set, notes, warnings, tried, nuisance, directories, evaluation

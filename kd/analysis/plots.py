@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from kd.analysis.arms import short_name
 from kd.analysis.comparison import Comparison, sd_text
 from kd.analysis.loading import Runs
 
@@ -88,6 +89,10 @@ def _quoted(comparison: Comparison) -> tuple[str, str]:
     return ("test_ppl", "test") if comparison.part == "test" else ("val_ppl", "validation")
 
 
+def _at_best(comparison: Comparison) -> str:
+    return " at each one's best " + " and ".join(map(short_name, comparison.nuisance)) if comparison.nuisance else ""
+
+
 def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(count, 2)
     rows = math.ceil(count / columns)
@@ -115,7 +120,8 @@ def heatmap(runs: Runs, comparison: Comparison) -> Figure:
     for axis, (title, settings, all_runs) in zip(axes, panels, strict=True):
         _fill(axis, settings, all_runs, alphas, temperatures, (column, low, high), comparison.has_set)
         axis.set_title(title)
-    figure.suptitle(f"{part.capitalize()} perplexity, mean \u00b1 SD over seeds (darker is lower, better)", fontsize=11)
+    title = f"{part.capitalize()} perplexity{_at_best(comparison)}, mean \u00b1 SD over seeds (darker is lower, better)"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -218,7 +224,7 @@ def by_temperature(runs: Runs, comparison: Comparison) -> Figure:
         axis.legend(fontsize=8)
     seeds = int(comparison.settings["seeds"].max())
     note = f"bars: SD over up to {seeds} seeds" if seeds > 1 else "one seed: no spread is known"
-    figure.suptitle(f"{part.capitalize()} perplexity by temperature ({note})", fontsize=11)
+    figure.suptitle(f"{part.capitalize()} perplexity by temperature{_at_best(comparison)} ({note})", fontsize=11)
     return figure
 
 
@@ -278,7 +284,7 @@ def learning_curves(runs: Runs, comparison: Comparison) -> Figure | None:
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         axis.tick_params(axis="y", which="both", labelsize=8)
         axis.grid(alpha=0.3, which="both")
-    figure.suptitle("Learning curves, mean over seeds", fontsize=11)
+    figure.suptitle(f"Learning curves{_at_best(comparison)}, mean over seeds", fontsize=11)
     return figure
 
 
@@ -324,7 +330,7 @@ def clip_rate(comparison: Comparison) -> Figure | None:
     axis.barh(settings["label"], 100 * settings["clip_rate"], color=COLOURS[0])
     for row, share in enumerate(settings["clip_rate"]):
         axis.text(100 * share + 1, row, f"{share:.0%}", va="center", fontsize=8)
-    axis.set(xlim=(0, 110), xlabel="log points with mean gradient norm above train.gradient_clip (%)")
+    axis.set(xlim=(0, 112), ylim=(-0.7, len(settings) - 0.3), xlabel="log points above train.gradient_clip (%)")
     axis.set_xticks([0, 25, 50, 75, 100])
     axis.set_title("Clip rate, mean over seeds")
     axis.tick_params(axis="y", labelsize=8)

@@ -113,9 +113,10 @@ def _edges(tried: pd.DataFrame, arms: Sequence[Arm], keys: Sequence[str], nuisan
         at_edge = [arm.chosen for arm in arms if _is_at_edge(values, arm)]
         labels = [tried["label"][row] + (f" ({values[row]:g})" if nuisance else "") for row in at_edge]
         if labels:
+            share = f"all {len(arms)}" if len(labels) == len(arms) else f"{len(labels)} of {len(arms)}"
             yield (
                 f"The best {short_name(name)} is the largest or smallest that was tried, so a better one may lie "
-                f"beyond, in {len(labels)} of {len(arms)}: {_named(labels)}."
+                f"beyond, in {share}: {_named(labels)}."
             )
 
 

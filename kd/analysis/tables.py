@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from kd.analysis.arms import short_name
+from kd.analysis.arms import in_order, short_name
 from kd.analysis.comparison import Comparison, sd_text
 from kd.analysis.loading import Runs
 
@@ -80,7 +80,7 @@ def sensitivity_table(comparison: Comparison) -> Table:
     if not comparison.nuisance or comparison.settings.empty:
         return Table(title, ["arm"], [])
     column, tried = f"val_{comparison.measure}", comparison.tried
-    values = tried.sort_values(comparison.nuisance, key=_in_order)["best_at"].unique()
+    values = tried.sort_values(comparison.nuisance, key=in_order)["best_at"].unique()
     rows = []
     for arm in _ranked(comparison).to_dict("records"):
         cells = {row["best_at"]: row for row in tried[tried["label"] == arm["label"]].to_dict("records")}
@@ -88,12 +88,6 @@ def sensitivity_table(comparison: Comparison) -> Table:
         marked = [text + (" *" if at == arm["best_at"] else "") for at, text in zip(values, texts, strict=True)]
         rows.append([str(arm["label"]), *marked])
     return Table(title, ["arm", *values], rows)
-
-
-def _in_order(values: pd.Series) -> pd.Series:
-    """Numbers by size, also where they are text."""
-    numbers = pd.to_numeric(values, errors="coerce")
-    return values if numbers.isna().any() else numbers
 
 
 def settings_table(comparison: Comparison) -> Table:

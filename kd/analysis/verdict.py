@@ -79,8 +79,8 @@ def _basis(comparison: Comparison) -> list[str]:
     sentences = [f"Noise counted: seeds ({counts} a setting) {documents}. All intervals hold together."]
     if comparison.nuisance:
         sentences.append(
-            f"They also count that {_and(comparison.nuisance)} were chosen as the best of {len(comparison.tried)} "
-            "combinations."
+            f"They also count the choice of the best {_and(comparison.nuisance)}, from {len(comparison.tried)} "
+            "settings in all."
         )
     return sentences
 
