@@ -5,11 +5,15 @@ Only the entry points use this; nothing below them knows Hydra or OmegaConf.
 
 import dataclasses
 import difflib
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -73,9 +77,18 @@ SWEEPER = "hydra_plugins.kd.GridSweeper"
 
 NOT_AN_OPTION = "Config group override must be a string"
 """How Hydra begins its plain ValueError for `teacher=null` or `model=7`."""
-
+FLAGS_THAT_CLASH = ("Only one of --run, ", "The --resolve flag ")
+"""How Hydra begins its plain ValueErrors for options like `--cfg job -m`."""
+KEY_AND_VALUE = re.compile(r"(?P<key>[+~]{0,2}[^=\s]+)=(?P<value>.*)", re.DOTALL)
 
 LAUNCHERS = "hydra/launcher/"
+FOLDERS_OF_HYDRA = {
+    "run.dir": (".",),
+    "output_subdir": (None,),
+    "sweep.subdir": (".",),
+    "job.chdir": (None, False),
+}
+"""Settings of Hydra's by which it would make folders of its own and work in them, and what they may be."""
 
 
 @dataclasses.dataclass
@@ -84,6 +97,50 @@ class SweeperConfig:
 
     _target_: str = SWEEPER
     params: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Refusal(BaseException):
+    """Takes an error past Hydra, which lets nothing that is an Exception out of its callbacks."""
+
+    def __init__(self, error: ConfigError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class FolderCheck(Callback):
+    """Refuses settings of Hydra's folders. Hydra calls it, before it makes them."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002 - Hydra's signature
+        """Check a single run's settings; see `check_folders`."""
+        try:
+            check_folders(config)
+        except ConfigError as error:
+            raise Refusal(error) from error
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002 - Hydra's signature
+        """Check a sweep's settings; see `check_folders`."""
+        self.on_run_start(config)
+
+
+def check_folders(composed: DictConfig) -> None:
+    """Check that Hydra keeps out of the runs' directories.
+
+    Args:
+        composed: The configuration with Hydra's own settings.
+
+    Raises:
+        ConfigError: if one of `FOLDERS_OF_HYDRA` is set to something else.
+    """
+    for key, allowed in FOLDERS_OF_HYDRA.items():
+        group, _, name = key.rpartition(".")
+        node = composed.hydra[group] if group else composed.hydra
+        value = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[index, call-overload]
+        if value not in allowed:
+            raise ConfigError(
+                f"hydra.{key}={value} is not supported: kd itself makes a directory for each run, outputs/<name>/<run> "
+                "beneath the folder that the command is given in, and paths are relative to that folder. Leave it out; "
+                "name=... chooses <name>, and hydra.sweep.dir where a sweep keeps its logs."
+            )
 
 
 def conf_dir() -> str:
@@ -107,6 +164,8 @@ def register_schemas() -> None:
                 node[group] = MISSING
         store.store(group="schema", name=name, node=node, package="_global_" if cls is Config else "_group_")
     store.store(group="hydra/sweeper", name="kd", node=SweeperConfig, provider="kd")
+    check = {"folders": {"_target_": f"{FolderCheck.__module__}.{FolderCheck.__qualname__}"}}
+    store.store(group="hydra/callbacks", name="kd", node=check, provider="kd")
     # Hydra deep-copies its store some 90 times to print --help, half of that command's time; yet what it takes out
     # of the store, it copies again.
     store.repo = _SharedDict(store.repo)
@@ -177,6 +236,8 @@ def explain(error: Exception) -> KDError | None:
         return ConfigError(_explain_composition(error))
     if isinstance(error, ValueError) and str(error).startswith(NOT_AN_OPTION):
         return ConfigError(f"{error}. A group takes the name of an option, like teacher=none; see --help.")
+    if isinstance(error, ValueError) and str(error).startswith(FLAGS_THAT_CLASH):
+        return ConfigError(str(error))
     return None
 
 
@@ -189,8 +250,23 @@ def _explain_composition(error: Exception) -> str:
         return _unknown_key(key, known, key.rpartition(".")[0] + "." if "." in key else "")
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}. See python -m kd.train --cfg job for the values."
-    lines = [line for line in str(error).splitlines() if line.strip() and "provider=" not in line]
-    text = " ".join(line.strip() for line in lines if "search path" not in line)
+    if isinstance(error, OverrideParseException):
+        return _explain_unreadable(error)
+    text = " ".join(line.strip() for line in str(error).partition("Config search path:")[0].splitlines() if line)
     if LAUNCHERS in text:
         return f"{text} joblib needs pip install 'kd-train[sweep]'; submitit and slurm need 'kd-train[slurm]'."
     return f"{text} (python -m kd.train --help lists groups and keys)"
+
+
+def _explain_unreadable(error: OverrideParseException) -> str:
+    """Hydra's grammar leaves many characters to quoted values, and a shell takes one pair of quotes for itself."""
+    text = error.override.strip()
+    parts = KEY_AND_VALUE.fullmatch(text)
+    if parts is None:
+        return f"{text} is no key=value. A value with spaces goes in quotes, as 'data.path=\"my folder\"'."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    told = [line for line in lines if not line.startswith(("Error parsing", "Lexer", "See http"))]
+    reason = f": {told[0]}" if told else ""
+    quoted = QuotedString(parts["value"], Quote.double).with_quotes()
+    way_out = shlex.quote(f"{parts['key']}={quoted}")
+    return f"{text} cannot be read as key=value{reason}. If the value is meant as it stands, quote it twice: {way_out}"

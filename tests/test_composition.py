@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from kd.composition import conf_dir, explain, register_schemas, to_config
@@ -240,7 +242,11 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "null for a group": (["teacher=null"], ["group", "NoneType"]),
     "number for a group": (["model=7"], ["group", "int"]),
     "several values": (["train.alpha=0,1"], ["train.alpha", "--multirun"]),
-    "no value": (["train.alpha"], ["train.alpha", "EQUAL"]),
+    "no value": (["train.alpha"], ["train.alpha is no key=value"]),
+    "an equals sign in a value": (["data.path=x=y.txt"], ["data.path=x=y.txt", """'data.path="x=y.txt"'"""]),
+    "a home folder": (["data.path=~/x"], ["""'data.path="~/x"'"""]),
+    "letters beyond ASCII": (["data.path=\u6587.txt"], ["""'data.path="\u6587.txt"'"""]),
+    "an empty choice": (["seed=choice()"], ["seed=choice()", "empty choice is not legal"]),
     "out of range": (["train.alpha=2"], ["train.alpha=2"]),
     "out of range, nested": (["teacher.train.batch_size=0"], ["train.batch_size=0"]),
 }
@@ -254,6 +260,21 @@ def test_a_mistake_is_a_config_error_that_names_the_key(overrides: list[str], wo
     assert all(word in message for word in words), message
     assert caught.value.exit_code == 2
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["x=y", "~/x", "\u6587", "a(1).txt", "it's=1", 'say "a=b"', "[a].txt", "b = c"])
+def test_the_quotes_that_a_refusal_proposes_give_the_value_as_it_stands(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(f"data.path={value}")
+    *_, proposed = str(caught.value).partition("quote it twice: ")
+    assert composed("data=text", *shlex.split(proposed)).data.path == value
+
+
+def test_a_missing_configuration_is_named() -> None:
+    register_schemas()
+    with initialize_config_dir(conf_dir(), version_base="1.3"), pytest.raises(MissingConfigException) as caught:
+        compose("nope")
+    assert "'nope'" in str(explain(caught.value))
 
 
 def test_a_fault_of_the_code_is_not_explained_away() -> None:
