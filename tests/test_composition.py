@@ -133,6 +133,7 @@ def test_every_file_is_known_to_these_tests() -> None:
     known = {Path(group, f"{option}.yaml") for group, option in OPTIONS}
     known |= {Path("config.yaml"), Path("hydra/help/kd.yaml"), Path("hydra/job_logging/kd.yaml")}
     known |= {Path(f"hydra/launcher/{name}.yaml") for name in LAUNCHERS}
+    known |= {Path("debug/teacher/fast_embedded.yaml")}
     assert set(FILES) == known
     assert {group for group, _ in OPTIONS} == {*GROUPS, "experiment", "sweep", "debug"}
 
@@ -201,6 +202,22 @@ def test_the_experiment_is_the_specified_job() -> None:
     assert config.data == HubDataConfig(path="wikimedia/wikipedia", name="20231101.zh")
     assert config.teacher == HubTeacherConfig(model_id="Qwen/Qwen2.5-0.5B", dtype="auto")
     assert config.name == "qwen_wiki_zh"
+
+
+@pytest.mark.parametrize("data", [[], ["data=text", "data.path=mine"], ["model.vocab_size=5000"]], ids=str)
+def test_debugging_trains_a_teacher_of_seconds_whatever_the_data(data: list[str]) -> None:
+    teacher = config_of("debug=fast", *data).teacher
+    assert isinstance(teacher, EmbeddedTeacherConfig)
+    assert teacher.train.max_steps == 20
+    assert teacher.model.hidden_size * teacher.model.num_layers <= 64
+    assert config_of("debug=fast", "teacher.train.max_steps=4", *data).teacher.train.max_steps == 4  # type: ignore[attr-defined]
+
+
+def test_debugging_leaves_other_teachers_and_other_runs_as_they_are() -> None:
+    assert config_of("debug=fast", "experiment=qwen_wiki_zh").teacher == config_of("experiment=qwen_wiki_zh").teacher
+    teacher = config_of().teacher
+    assert isinstance(teacher, EmbeddedTeacherConfig)
+    assert (teacher.model.hidden_size, teacher.model.num_layers, teacher.train.max_steps) == (192, 4, 1000)
 
 
 def test_values_of_the_command_line_win_and_are_typed() -> None:
