@@ -247,6 +247,8 @@ def _explain_composition(error: Exception) -> str:
         key = str(cause.full_key)
         cls = cause.object_type if isinstance(cause.object_type, type) else None
         known = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        if key.startswith("hydra.launcher.") and known == ["_target_"]:  # Hydra's own launcher has no settings
+            return f"{key} needs a launcher that has it: hydra/launcher=joblib, submitit or slurm."
         return _unknown_key(key, known, key.rpartition(".")[0] + "." if "." in key else "")
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}. See python -m kd.train --cfg job for the values."

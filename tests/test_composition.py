@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from kd.composition import conf_dir, explain, register_schemas, to_config
+from kd.composition import check_folders, conf_dir, explain, register_schemas, to_config
 from kd.config import (
     AdapterConfig,
     ArithmeticDataConfig,
@@ -184,6 +184,21 @@ def test_hydra_uses_our_help_and_logging_and_keeps_out_of_the_run() -> None:
     assert hydra.run.dir == "."
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["hydra.job.chdir=true", "hydra.run.dir=x", "hydra.output_subdir=.hydra", "hydra.sweep.subdir=${hydra.job.num}"],
+)
+def test_folders_of_hydra_are_refused_by_their_key(override: str) -> None:
+    key, value = override.split("=", 1)
+    with pytest.raises(ConfigError, match=f"{re.escape(key)}=(?i:{re.escape(value)}) is not supported"):
+        check_folders(composed(override, with_hydra=True))
+
+
+def test_the_scratch_of_a_sweep_may_be_chosen_and_what_is_said_twice_is_allowed() -> None:
+    given = ["hydra.sweep.dir=x/${now:%Y}", "hydra.job.chdir=false", "hydra.run.dir=.", "hydra.output_subdir=null"]
+    check_folders(composed(*given, with_hydra=True))
+
+
 def test_the_default_is_the_embedded_job() -> None:
     config = config_of()
     assert type(config.train) is TrainingConfig
@@ -263,6 +278,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "an equals sign in a value": (["data.path=x=y.txt"], ["data.path=x=y.txt", """'data.path="x=y.txt"'"""]),
     "a home folder": (["data.path=~/x"], ["""'data.path="~/x"'"""]),
     "letters beyond ASCII": (["data.path=\u6587.txt"], ["""'data.path="\u6587.txt"'"""]),
+    "a launcher's setting without a launcher": (["hydra.launcher.n_jobs=2"], ["n_jobs", "hydra/launcher=joblib"]),
     "an empty choice": (["seed=choice()"], ["seed=choice()", "empty choice is not legal"]),
     "out of range": (["train.alpha=2"], ["train.alpha=2"]),
     "out of range, nested": (["teacher.train.batch_size=0"], ["train.batch_size=0"]),
@@ -330,7 +346,7 @@ def test_composition_and_checks_import_no_torch() -> None:
     program = (
         "import sys\n"
         "from hydra import compose, initialize_config_dir\n"
-        "from kd.composition import conf_dir, register_schemas, to_config\n"
+        "from kd.composition import check_folders, conf_dir, register_schemas, to_config\n"
         "register_schemas()\n"
         "with initialize_config_dir(conf_dir(), version_base='1.3'):\n"
         "    print(to_config(compose('config')).train.trainer)\n"

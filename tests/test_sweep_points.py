@@ -1,5 +1,6 @@
 """The points of a sweep: what Hydra would compose, every fault named, each run once."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -147,6 +148,12 @@ def test_all_faulty_points_are_named_and_nothing_is_made(
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("values", ["seed=range(3,1)", "model=glob(x*)", "train.alpha=interval(0,1)"])
+def test_a_key_without_a_value_is_named(values: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(values)} (gives no value|names no values)"):
+        points_of("train.alpha=0,1", values)
 
 
 def test_a_fault_of_many_points_is_told_once() -> None:
