@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kd.config import (
     MISSING,
@@ -32,6 +33,7 @@ from kd.config import (
     IntegerConfig,
     LocalTeacherConfig,
     LoRAConfig,
+    ModelConfig,
     ORPOConfig,
     PreferencesDataConfig,
     PretrainConfig,
@@ -70,6 +72,17 @@ SCHEMAS: dict[str, type] = {
 }
 """Name under which a YAML file in conf/ lists its class (`/schema/<name>@_here_`)."""
 
+SHAPE = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_seq_len",
+    "rope_theta",
+)
+"""What a file of `model/` must say, and one of `teacher/` that trains a model: the class's defaults are one job's."""
 CONFIG_NAME = "config"
 """The file in conf/ that lists everything else."""
 SWEEPER = "hydra_plugins.kd.GridSweeper"
@@ -79,6 +92,8 @@ NOT_AN_OPTION = "Config group override must be a string"
 """How Hydra begins its plain ValueError for `teacher=null` or `model=7`."""
 FLAGS_THAT_CLASH = ("Only one of --run, ", "The --resolve flag ")
 """How Hydra begins its plain ValueErrors for options like `--cfg job -m`."""
+TEACHER_OF_DEBUG = "'${debug}_${teacher}'"
+"""In Hydra's words where one of the two was deleted; see conf/config.yaml."""
 KEY_AND_VALUE = re.compile(r"(?P<key>[+~]{0,2}[^=\s]+)=(?P<value>.*)", re.DOTALL)
 
 LAUNCHERS = "hydra/launcher/"
@@ -158,6 +173,7 @@ def register_schemas() -> None:
     for name, cls in SCHEMAS.items():
         node = OmegaConf.structured(cls)
         _make_writable(node)
+        _leave_shapes_to_files(node)
         if cls is Config:
             # Their class comes from the chosen group option; a default instance would forbid its siblings.
             for group in ("train", "data", "teacher", "adapter", "quantization"):
@@ -187,6 +203,17 @@ def _make_writable(node: DictConfig) -> None:
             _make_writable(child)
 
 
+def _leave_shapes_to_files(node: DictConfig) -> None:
+    for key in map(str, node):
+        child = node._get_node(key)
+        if not isinstance(child, DictConfig):
+            continue
+        if OmegaConf.get_type(child) is ModelConfig:
+            child.update(dict.fromkeys(SHAPE, MISSING))
+        else:
+            _leave_shapes_to_files(child)
+
+
 def to_config(values: DictConfig) -> Config:
     """Return composed values as a checked `Config`.
 
@@ -195,11 +222,11 @@ def to_config(values: DictConfig) -> Config:
             and was not, or a value outside its range.
     """
     _refuse_unknown_keys(values, "")
+    # Not OmegaConf.missing_keys, which stumbles over values that refer to missing ones.
+    if missing := list(_missing_keys(OmegaConf.to_container(values, resolve=False), "")):
+        raise ConfigError(_missing(missing))
     try:
         config = OmegaConf.to_object(values)
-    except MissingMandatoryValue as error:
-        key = error.full_key
-        raise ConfigError(f"{key} must be given and was not: add {key}=... to the command.") from error
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{key}{str(error).splitlines()[0]}") from error
@@ -224,6 +251,28 @@ def _unknown_key(key: str, known: list[str], prefix: str) -> str:
     near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
     hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known there: {', '.join(known)}."
     return f"{key} is not a known key. {hint}"
+
+
+def _missing_keys(value: Any, key: str) -> Iterator[str]:
+    if value == MISSING:
+        yield key
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from _missing_keys(child, f"{key}.{name}" if key else str(name))
+
+
+def _missing(keys: list[str]) -> str:
+    shape = {key: key.rpartition(".")[2] for key in keys if key.rpartition(".")[0].endswith("model")}
+    given = ", ".join(keys)
+    text = f"{given} must be given and {'were' if len(keys) > 1 else 'was'} not: add "
+    if not shape:
+        return text + f"{' '.join(f'{key}=...' for key in keys)} to the command."
+    usual = ModelConfig()
+    specified = " ".join(f"{key}={getattr(usual, name)}" for key, name in shape.items())
+    return text + (
+        "them to the command, or to the file that was chosen: a model's file says its whole shape, or begins with that "
+        f"of another (defaults: [tiny, _self_]). The specified student has {specified}."
+    )
 
 
 def explain(error: Exception) -> KDError | None:
@@ -252,6 +301,8 @@ def _explain_composition(error: Exception) -> str:
         return _unknown_key(key, known, key.rpartition(".")[0] + "." if "." in key else "")
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}. See python -m kd.train --cfg job for the values."
+    if TEACHER_OF_DEBUG in str(error):
+        return "A group that others refer to was deleted (~teacher or ~debug): choose teacher=none, leave ~debug out."
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error)
     text = " ".join(line.strip() for line in str(error).partition("Config search path:")[0].splitlines() if line)

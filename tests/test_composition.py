@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -194,6 +195,39 @@ def test_folders_of_hydra_are_refused_by_their_key(override: str) -> None:
         check_folders(composed(override, with_hydra=True))
 
 
+def in_own_folder(tmp_path: Path, group: str, text: str) -> str:
+    """Write `group`/own.yaml into a folder of a user's; return the override that adds the folder."""
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "own.yaml").write_text(text)
+    return f"hydra.searchpath=[file://{tmp_path}]"
+
+
+PARTIAL = "hidden_size: 64\nnum_layers: 1\nnum_heads: 2\nnum_kv_heads: 1\nintermediate_size: 128\n"
+
+
+def test_a_model_file_that_leaves_out_a_part_of_the_shape_does_not_get_another_job_s(tmp_path: Path) -> None:
+    folder = in_own_folder(tmp_path, "model", PARTIAL)
+    with pytest.raises(ConfigError) as caught:
+        config_of(folder, "model=own")
+    message = str(caught.value)
+    assert message.startswith("model.vocab_size, model.max_seq_len, model.rope_theta must be given"), message
+    assert "model.vocab_size=151936 model.max_seq_len=512 model.rope_theta=1000000.0" in message
+    given = config_of(folder, "model=own", "model.vocab_size=600", "model.max_seq_len=64", "model.rope_theta=1e4")
+    assert given.model == ModelConfig(64, 1, 2, 1, 128, vocab_size=600, max_seq_len=64, rope_theta=1e4)
+
+
+def test_a_model_file_may_begin_with_another(tmp_path: Path) -> None:
+    folder = in_own_folder(tmp_path, "model", "defaults: [tiny, _self_]\nhidden_size: 64\n")
+    assert config_of(folder, "model=own").model == replace(config_of().model, hidden_size=64)
+
+
+def test_a_teacher_file_says_its_model_s_whole_shape(tmp_path: Path) -> None:
+    text = "defaults: [/schema/teacher_embedded@_here_, _self_]\nmodel: {hidden_size: 64, num_layers: 1}\n"
+    folder = in_own_folder(tmp_path, "teacher", text)
+    with pytest.raises(ConfigError, match=r"^teacher\.model\.num_heads, .*teacher\.model\.vocab_size=151936"):
+        config_of(folder, "teacher=own")
+
+
 def test_the_scratch_of_a_sweep_may_be_chosen_and_what_is_said_twice_is_allowed() -> None:
     given = ["hydra.sweep.dir=x/${now:%Y}", "hydra.job.chdir=false", "hydra.run.dir=.", "hydra.output_subdir=null"]
     check_folders(composed(*given, with_hydra=True))
@@ -268,6 +302,8 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "missing teacher directory": (["teacher=local"], ["teacher.path"]),
     "missing teacher id": (["teacher=hub"], ["teacher.model_id"]),
     "deleted group": (["~train"], ["train "]),
+    "deleted teacher": (["~teacher"], ["~teacher", "teacher=none"]),
+    "deleted model": (["~model"], ["model.vocab_size"]),
     "unknown model": (["model=huge"], ["model/huge", "tiny", "student_120m"]),
     "unknown trainer": (["train=ppo"], ["train/ppo", "distill", "pretrain"]),
     "unknown experiment": (["experiment=none_such"], ["experiment/none_such", "qwen_wiki_zh"]),

@@ -147,7 +147,7 @@ def test_the_embedded_default_uses_other_files_than_the_specified_job() -> None:
         group: option
         for entry in OmegaConf.load(CONF / "config.yaml").defaults
         if not isinstance(entry, str)
-        for group, option in entry.items()
+        for group, option in entry.items_ex(resolve=False)
     }
     assert {group: choices[group] for group in ("model", "train", "data", "teacher")} == {
         "model": "tiny",
