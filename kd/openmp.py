@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """What the environment can say about it; read once, when the library is loaded."""
-SPIN_COUNT = 100
-"""Turns of waiting before a thread sleeps. By default it spins for milliseconds, ready for the next parallel section;
-but as soon as another process wants a core, a spinning thread keeps it from the one that it waits for, and training
-takes up to ten times as long. `experiments/benchmarks/neighbour.py` measures both sides."""
+SPIN_COUNT = 1_000
+"""Turns of waiting before a thread sleeps: as many as it takes to the next parallel section, so that idle cores lose
+little. By default it spins for milliseconds; as soon as another process wants a core, it keeps that from the thread it
+waits for, and training takes up to ten times as long. `experiments/benchmarks/neighbour.py` measures both sides."""
 
 
 def let_threads_sleep(environment: Mapping[str, str]) -> dict[str, str]:

@@ -40,7 +40,7 @@ from kd.config import ModelConfig
 from kd.openmp import SPIN_COUNT, WAITING
 
 OWN, ONE_THREAD = "OpenMP's own", "one thread"
-VALUES = (20_000, 1_000, 300, 100, 0)
+VALUES = (20_000, 3_000, 2_000, 1_000, 500, 0)
 IDLE, BUSY, SECOND = "alone", "busy neighbour", "second training"
 IDLE_BAR, BUSY_BAR = 0.97, 0.5
 WARM_UP_STEPS = 10
