@@ -392,9 +392,9 @@ def _version(library: str) -> str | None:
 def _code_version() -> dict[str, str | None]:
     package = Path(__file__).parent
     digests = {str(path.relative_to(package)): file_digest(path) for path in sorted(package.rglob("*.py"))}
-    commit = None
-    if (package.parent / ".git").exists():
-        command = ["git", "-C", str(package.parent), "rev-parse", "HEAD"]
+    commit, git = None, shutil.which("git")
+    if git is not None and (package.parent / ".git").exists():
+        command = [git, "-C", str(package.parent), "rev-parse", "HEAD"]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         commit = answer.stdout.strip() or None
     return {"sha256": digest_of(digests), "commit": commit}

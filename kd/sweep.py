@@ -64,13 +64,13 @@ def run_sweep(arguments: list[str], context: HydraContext, master: DictConfig) -
         runs.setdefault(point.directory, point)
     todo = [run for run in runs.values() if run.config.overwrite or run_state(run.directory) is not RunState.DONE]
     _announce(len(points), len(runs), len(todo), group)
-    ended = _launch(todo, context, master, group) if todo else Ended({}, set(), None)
+    ended = _launch(todo, context, master, group) if todo else Ended({}, set(), set(), None)
     states = {directory: ended.state(directory) for directory in runs}
     print(summary(states, ended.logs), flush=True)
     if ended.signum is None:
         for experiment in dict.fromkeys(directory.parent for directory in states):
             _report(experiment, anew=bool(todo))
-    _raise_unless_done(states, ended.signum)
+    _raise_unless_done(states, ended)
     return [objective(_result_of(directory)) for directory in runs]
 
 
@@ -92,13 +92,17 @@ class Ended:
     """What each run printed, by its directory."""
     failed: set[Path]
     """Runs whose job raised."""
+    stopped: set[Path]
+    """Runs whose process was asked to stop, by whomever."""
     signum: int | None
-    """The signal that stopped it."""
+    """The signal that stopped the sweep."""
 
     def state(self, directory: Path) -> RunState:
-        """Return the state of a run; an attempt to do a finished one again may have failed."""
+        """Return the state of a run; an attempt to do a finished one again may have failed, or have been stopped."""
         state = run_state(directory)
-        return RunState.FAILED if state is RunState.DONE and directory in self.failed else state
+        if state is RunState.DONE and directory in self.failed:
+            return RunState.FAILED
+        return RunState.INTERRUPTED if state is RunState.DONE and directory in self.stopped else state
 
 
 def _launch(points: Sequence[Point], context: HydraContext, master: DictConfig, group: GroupSize) -> Ended:
@@ -118,8 +122,13 @@ def _launch(points: Sequence[Point], context: HydraContext, master: DictConfig, 
         log.warning("The launcher ended early: %s", str(error).strip())
     signum = task.stop.signum()
     task.stop.path.unlink(missing_ok=True)
-    failed = {job.directory for job, end in zip(task.jobs, returns, strict=False) if end.status is JobStatus.FAILED}
-    return Ended({job.directory: task.log_of(job) for job in task.jobs}, failed, signum)
+    raised = {
+        job.directory: end._return_value
+        for job, end in zip(task.jobs, returns, strict=False)
+        if end.status is JobStatus.FAILED
+    }
+    stopped = {directory for directory, error in raised.items() if isinstance(error, Interrupted)}
+    return Ended({job.directory: task.log_of(job) for job in task.jobs}, set(raised) - stopped, stopped, signum)
 
 
 def _make_task(points: Sequence[Point], master: DictConfig, group: GroupSize) -> SweepTask:
@@ -166,9 +175,11 @@ def group_for(launcher: DictConfig) -> GroupSize:
     """Return how many processes each job is under a launcher's settings.
 
     Raises:
-        ConfigError: if each process would not have one GPU, or the launcher cannot start so many.
+        ConfigError: if each process would not have one GPU, or the launcher cannot start so many, or none.
     """
     name = _name_of(launcher)
+    if name == "JoblibLauncher" and launcher.n_jobs == 0:
+        raise ConfigError("hydra.launcher.n_jobs=0 is not allowed: give how many runs at a time, or -1 for all cores.")
     if name not in ("LocalLauncher", "SlurmLauncher"):
         return GroupSize()
     group = GroupSize(launcher.nodes, launcher.tasks_per_node)
@@ -284,12 +295,14 @@ def _result_of(directory: Path) -> dict[str, float]:
     return result
 
 
-def _raise_unless_done(states: dict[Path, RunState], signum: int | None) -> None:
-    missing = sum(state is not RunState.DONE for state in states.values())
-    if signum is not None:
+def _raise_unless_done(states: dict[Path, RunState], ended: Ended) -> None:
+    missing = {directory for directory, state in states.items() if state is not RunState.DONE}
+    many = f"{len(missing)} of {len(states)} runs"
+    if ended.signum is not None:
         raise Interrupted(
-            f"Interrupted with {missing} of {len(states)} runs missing. The same command goes on from what is saved.",
-            signum,
+            f"Interrupted with {many} missing. The same command goes on from what is saved.", ended.signum
         )
+    if missing and missing <= ended.stopped:
+        raise Interrupted(f"{many} were stopped (see above). The same command goes on from what is saved.")
     if missing:
-        raise KDError(f"{missing} of {len(states)} runs are missing (see above). The same command runs them again.")
+        raise KDError(f"{many} are missing (see above). The same command runs them again.")

@@ -66,7 +66,19 @@ def find_points(arguments: list[str], loader: ConfigLoader, master: DictConfig, 
 
 def _combinations(arguments: list[str], loader: ConfigLoader) -> list[list[str]]:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+    for override in parsed:
+        if override.is_sweep_override():
+            _check_values(override)
     return BasicSweeper.split_arguments(parsed, None)[0]
+
+
+def _check_values(override: Override) -> None:
+    if not override.is_discrete_sweep():
+        raise ConfigError(
+            f"{override.input_line} names no values: list them, as in {override.key_or_group}=1,2 or =range(0,1,0.25)."
+        )
+    if next(iter(override.sweep_string_iterator()), None) is None:
+        raise ConfigError(f"{override.input_line} gives no value, so the sweep has no point: give at least one.")
 
 
 def _varying(combinations: Sequence[Sequence[str]]) -> set[str]:

@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.composition import CONFIG_NAME, conf_dir, explain, register_schemas, to_config
+from kd.composition import CONFIG_NAME, Refusal, conf_dir, explain, register_schemas, to_config
 from kd.errors import Interrupted, KDError
+from kd.openmp import let_threads_sleep
 from kd.sweeper import register_sweeper
 
 FULL_ERRORS = "HYDRA_FULL_ERROR"
@@ -53,14 +54,14 @@ def main() -> None:
     logging.captureWarnings(True)
     # Hydra would print composition errors in its own words and exit with 1; so it raises them, and we print.
     debugging = FULL_ERRORS in os.environ
-    # Read when torch loads. By default its threads spin for long while they wait for each other: as soon as another
-    # process wants one of the cores, a step can take ten times as long. (The name is that of GNU OpenMP.)
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.update(let_threads_sleep(os.environ))  # torch has not been imported yet
     os.environ[FULL_ERRORS] = "1"
     try:
         register_schemas()
         register_sweeper()
         hydra.main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(_guarded_task)()
+    except Refusal as refusal:
+        sys.exit(_report(refusal.error))
     except Exception as error:
         ours = explain(error)
         if debugging or ours is None:

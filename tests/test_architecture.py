@@ -23,6 +23,7 @@ FLOORS = (
         "torchrun",
         "huge_pages",
         "head_products",
+        "openmp",
     },
     {"checkpoint_files", "sweep_group"},
     {

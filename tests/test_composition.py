@@ -2,16 +2,19 @@
 
 import itertools
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from kd.composition import conf_dir, explain, register_schemas, to_config
+from kd.composition import check_folders, conf_dir, explain, register_schemas, to_config
 from kd.config import (
     AdapterConfig,
     ArithmeticDataConfig,
@@ -131,6 +134,7 @@ def test_every_file_is_known_to_these_tests() -> None:
     known = {Path(group, f"{option}.yaml") for group, option in OPTIONS}
     known |= {Path("config.yaml"), Path("hydra/help/kd.yaml"), Path("hydra/job_logging/kd.yaml")}
     known |= {Path(f"hydra/launcher/{name}.yaml") for name in LAUNCHERS}
+    known |= {Path("debug/teacher/fast_embedded.yaml")}
     assert set(FILES) == known
     assert {group for group, _ in OPTIONS} == {*GROUPS, "experiment", "sweep", "debug"}
 
@@ -181,6 +185,54 @@ def test_hydra_uses_our_help_and_logging_and_keeps_out_of_the_run() -> None:
     assert hydra.run.dir == "."
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["hydra.job.chdir=true", "hydra.run.dir=x", "hydra.output_subdir=.hydra", "hydra.sweep.subdir=${hydra.job.num}"],
+)
+def test_folders_of_hydra_are_refused_by_their_key(override: str) -> None:
+    key, value = override.split("=", 1)
+    with pytest.raises(ConfigError, match=f"{re.escape(key)}=(?i:{re.escape(value)}) is not supported"):
+        check_folders(composed(override, with_hydra=True))
+
+
+def in_own_folder(tmp_path: Path, group: str, text: str) -> str:
+    """Write `group`/own.yaml into a folder of a user's; return the override that adds the folder."""
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "own.yaml").write_text(text)
+    return f"hydra.searchpath=[file://{tmp_path}]"
+
+
+PARTIAL = "hidden_size: 64\nnum_layers: 1\nnum_heads: 2\nnum_kv_heads: 1\nintermediate_size: 128\n"
+
+
+def test_a_model_file_that_leaves_out_a_part_of_the_shape_does_not_get_another_job_s(tmp_path: Path) -> None:
+    folder = in_own_folder(tmp_path, "model", PARTIAL)
+    with pytest.raises(ConfigError) as caught:
+        config_of(folder, "model=own")
+    message = str(caught.value)
+    assert message.startswith("model.vocab_size, model.max_seq_len, model.rope_theta must be given"), message
+    assert "model.vocab_size=151936 model.max_seq_len=512 model.rope_theta=1000000.0" in message
+    given = config_of(folder, "model=own", "model.vocab_size=600", "model.max_seq_len=64", "model.rope_theta=1e4")
+    assert given.model == ModelConfig(64, 1, 2, 1, 128, vocab_size=600, max_seq_len=64, rope_theta=1e4)
+
+
+def test_a_model_file_may_begin_with_another(tmp_path: Path) -> None:
+    folder = in_own_folder(tmp_path, "model", "defaults: [tiny, _self_]\nhidden_size: 64\n")
+    assert config_of(folder, "model=own").model == replace(config_of().model, hidden_size=64)
+
+
+def test_a_teacher_file_says_its_model_s_whole_shape(tmp_path: Path) -> None:
+    text = "defaults: [/schema/teacher_embedded@_here_, _self_]\nmodel: {hidden_size: 64, num_layers: 1}\n"
+    folder = in_own_folder(tmp_path, "teacher", text)
+    with pytest.raises(ConfigError, match=r"^teacher\.model\.num_heads, .*teacher\.model\.vocab_size=151936"):
+        config_of(folder, "teacher=own")
+
+
+def test_the_scratch_of_a_sweep_may_be_chosen_and_what_is_said_twice_is_allowed() -> None:
+    given = ["hydra.sweep.dir=x/${now:%Y}", "hydra.job.chdir=false", "hydra.run.dir=.", "hydra.output_subdir=null"]
+    check_folders(composed(*given, with_hydra=True))
+
+
 def test_the_default_is_the_embedded_job() -> None:
     config = config_of()
     assert type(config.train) is TrainingConfig
@@ -199,6 +251,22 @@ def test_the_experiment_is_the_specified_job() -> None:
     assert config.data == HubDataConfig(path="wikimedia/wikipedia", name="20231101.zh")
     assert config.teacher == HubTeacherConfig(model_id="Qwen/Qwen2.5-0.5B", dtype="auto")
     assert config.name == "qwen_wiki_zh"
+
+
+@pytest.mark.parametrize("data", [[], ["data=text", "data.path=mine"], ["model.vocab_size=5000"]], ids=str)
+def test_debugging_trains_a_teacher_of_seconds_whatever_the_data(data: list[str]) -> None:
+    teacher = config_of("debug=fast", *data).teacher
+    assert isinstance(teacher, EmbeddedTeacherConfig)
+    assert teacher.train.max_steps == 20
+    assert teacher.model.hidden_size * teacher.model.num_layers <= 64
+    assert config_of("debug=fast", "teacher.train.max_steps=4", *data).teacher.train.max_steps == 4  # type: ignore[attr-defined]
+
+
+def test_debugging_leaves_other_teachers_and_other_runs_as_they_are() -> None:
+    assert config_of("debug=fast", "experiment=qwen_wiki_zh").teacher == config_of("experiment=qwen_wiki_zh").teacher
+    teacher = config_of().teacher
+    assert isinstance(teacher, EmbeddedTeacherConfig)
+    assert (teacher.model.hidden_size, teacher.model.num_layers, teacher.train.max_steps) == (192, 4, 1000)
 
 
 def test_values_of_the_command_line_win_and_are_typed() -> None:
@@ -234,13 +302,20 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "missing teacher directory": (["teacher=local"], ["teacher.path"]),
     "missing teacher id": (["teacher=hub"], ["teacher.model_id"]),
     "deleted group": (["~train"], ["train "]),
+    "deleted teacher": (["~teacher"], ["~teacher", "teacher=none"]),
+    "deleted model": (["~model"], ["model.vocab_size"]),
     "unknown model": (["model=huge"], ["model/huge", "tiny", "student_120m"]),
     "unknown trainer": (["train=ppo"], ["train/ppo", "distill", "pretrain"]),
     "unknown experiment": (["experiment=none_such"], ["experiment/none_such", "qwen_wiki_zh"]),
     "null for a group": (["teacher=null"], ["group", "NoneType"]),
     "number for a group": (["model=7"], ["group", "int"]),
     "several values": (["train.alpha=0,1"], ["train.alpha", "--multirun"]),
-    "no value": (["train.alpha"], ["train.alpha", "EQUAL"]),
+    "no value": (["train.alpha"], ["train.alpha is no key=value"]),
+    "an equals sign in a value": (["data.path=x=y.txt"], ["data.path=x=y.txt", """'data.path="x=y.txt"'"""]),
+    "a home folder": (["data.path=~/x"], ["""'data.path="~/x"'"""]),
+    "letters beyond ASCII": (["data.path=\u6587.txt"], ["""'data.path="\u6587.txt"'"""]),
+    "a launcher's setting without a launcher": (["hydra.launcher.n_jobs=2"], ["n_jobs", "hydra/launcher=joblib"]),
+    "an empty choice": (["seed=choice()"], ["seed=choice()", "empty choice is not legal"]),
     "out of range": (["train.alpha=2"], ["train.alpha=2"]),
     "out of range, nested": (["teacher.train.batch_size=0"], ["train.batch_size=0"]),
 }
@@ -254,6 +329,21 @@ def test_a_mistake_is_a_config_error_that_names_the_key(overrides: list[str], wo
     assert all(word in message for word in words), message
     assert caught.value.exit_code == 2
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["x=y", "~/x", "\u6587", "a(1).txt", "it's=1", 'say "a=b"', "[a].txt", "b = c"])
+def test_the_quotes_that_a_refusal_proposes_give_the_value_as_it_stands(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(f"data.path={value}")
+    *_, proposed = str(caught.value).partition("quote it twice: ")
+    assert composed("data=text", *shlex.split(proposed)).data.path == value
+
+
+def test_a_missing_configuration_is_named() -> None:
+    register_schemas()
+    with initialize_config_dir(conf_dir(), version_base="1.3"), pytest.raises(MissingConfigException) as caught:
+        compose("nope")
+    assert "'nope'" in str(explain(caught.value))
 
 
 def test_a_fault_of_the_code_is_not_explained_away() -> None:
@@ -292,7 +382,7 @@ def test_composition_and_checks_import_no_torch() -> None:
     program = (
         "import sys\n"
         "from hydra import compose, initialize_config_dir\n"
-        "from kd.composition import conf_dir, register_schemas, to_config\n"
+        "from kd.composition import check_folders, conf_dir, register_schemas, to_config\n"
         "register_schemas()\n"
         "with initialize_config_dir(conf_dir(), version_base='1.3'):\n"
         "    print(to_config(compose('config')).train.trainer)\n"

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -147,7 +147,7 @@ def test_the_embedded_default_uses_other_files_than_the_specified_job() -> None:
         group: option
         for entry in OmegaConf.load(CONF / "config.yaml").defaults
         if not isinstance(entry, str)
-        for group, option in entry.items()
+        for group, option in entry.items_ex(resolve=False)
     }
     assert {group: choices[group] for group in ("model", "train", "data", "teacher")} == {
         "model": "tiny",
@@ -435,3 +435,21 @@ def test_a_contradiction_names_both_keys(parts: dict[str, Any], keys: tuple[str,
     with pytest.raises(ConfigError) as caught:
         Config(**parts)
     assert all(key in str(caught.value) for key in keys)
+
+
+@dataclass
+class OwnConfig(SFTConfig):
+    trainer: ClassVar[str] = "own"
+
+
+@dataclass
+class StrangeConfig(TrainerConfig):
+    trainer: ClassVar[str] = "strange"
+
+
+def test_a_trainer_of_one_s_own_takes_the_data_of_the_one_it_derives_from() -> None:
+    Config(train=OwnConfig(), data=InstructionsDataConfig(), init_from="a run")
+    with pytest.raises(ConfigError, match=r"own learns from prompts with responses"):
+        Config(train=OwnConfig(), data=HubDataConfig(path="x"))
+    with pytest.raises(ConfigError, match=r"strange learns from what no data give"):
+        Config(train=StrangeConfig(), data=HubDataConfig(path="x"))

@@ -397,3 +397,10 @@ def test_another_version_is_said_when_a_run_is_continued(run: Run, caplog: pytes
     assert len(caplog.records) == 1
     assert "libraries" in caplog.records[0].getMessage()
     assert "0.1" in caplog.records[0].getMessage()
+
+
+def test_a_machine_without_git_records_the_code_without_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = run_identity(CONFIG, INPUTS)
+    before = describe_environment(identity)["code"]
+    monkeypatch.setenv("PATH", "")
+    assert describe_environment(identity)["code"] == {"sha256": before["sha256"], "commit": None}

@@ -47,6 +47,12 @@ class Launcher:
         return JobReturn(status=JobStatus.COMPLETED, _return_value=0.0)
 
 
+def stop_child(task: HydraTask, number: int) -> None:
+    if number == 1:
+        raise Interrupted("It was stopped.")
+    do(task, number)
+
+
 def do(task: HydraTask, number: int) -> None:
     finish(task.task.jobs[number].directory)
 
@@ -163,6 +169,18 @@ def test_a_sweep_that_was_stopped_says_so(launched: Sweep) -> None:
     assert not list(Path("outputs/.hydra").rglob("stop"))
 
 
+@pytest.mark.parametrize("again", [[], ["overwrite=true"]], ids=["a new run", "a finished run, done again"])
+def test_a_run_that_was_asked_to_stop_has_not_failed(
+    launched: Sweep, again: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if again:
+        launched(do)
+    with pytest.raises(Interrupted, match="1 of 3 runs were stopped") as caught:
+        launched(stop_child, *again)
+    assert caught.value.exit_code == 143
+    assert "failed" not in capsys.readouterr().out
+
+
 def test_the_summary_names_states_errors_logs_and_last_lines() -> None:
     directories = [Path(f"outputs/x/run{number}") for number in range(5)]
     finish(directories[0])
@@ -226,6 +244,12 @@ def launcher_of(*settings: str) -> DictConfig:
     launcher = composed(*settings, with_hydra=True).hydra.launcher
     assert isinstance(launcher, DictConfig)
     return launcher
+
+
+def test_no_run_at_a_time_is_refused() -> None:
+    launcher = OmegaConf.create({"_target_": "some.module.JoblibLauncher", "n_jobs": 0})
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.n_jobs=0"):
+        group_for(launcher)
 
 
 @needs_submitit

@@ -1,6 +1,7 @@
 """The points of a sweep: what Hydra would compose, every fault named, each run once."""
 
 import importlib.util
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -174,6 +175,12 @@ def test_a_stop_while_points_are_looked_at_is_no_fault_of_theirs(place: str, mon
         monkeypatch.setattr(place, stop)
         with pytest.raises(Interrupted, match=r"^Stopped\.$"):
             find_points([*SMALL, "seed=0,1"], loader, master)
+
+
+@pytest.mark.parametrize("values", ["seed=range(3,1)", "model=glob(x*)", "train.alpha=interval(0,1)"])
+def test_a_key_without_a_value_is_named(values: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(values)} (gives no value|names no values)"):
+        points_of("train.alpha=0,1", values)
 
 
 def test_a_fault_of_many_points_is_told_once() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import jupytext
@@ -9,7 +10,7 @@ import pytest
 
 from kd.trainers import get_trainer_class
 
-from .commands import REPOSITORY
+from .commands import REPOSITORY, TINY, only_run, run
 from .test_experiments import execute
 
 NOTEBOOK = REPOSITORY / "experiments" / "from_scratch_to_distilled" / "from_scratch_to_distilled.ipynb"
@@ -81,3 +82,46 @@ def halves() -> tuple[str, str]:
 def without_blocks(text: str) -> str:
     """Return Markdown without its blocks of commands."""
     return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+CONFIG_CLASS = """
+
+@dataclass
+class OwnConfig(PretrainConfig):
+    trainer: ClassVar[str] = "own"
+"""
+TRAINER = """
+from kd.config import OwnConfig
+from kd.trainers.language_model import LanguageModelTrainer
+
+class OwnTrainer(LanguageModelTrainer[OwnConfig]):
+    config_class = OwnConfig
+"""
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    """Replace a text that a file has once or more, at its first place."""
+    text = path.read_text(encoding="utf-8")
+    assert before in text, path
+    path.write_text(text.replace(before, after, 1), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_steps_to_a_trainer_on_the_command_line_lead_there(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("kd", "conf"):
+        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    package = checkout / "kd"
+    config = package / "config" / "train.py"
+    config.write_text(config.read_text(encoding="utf-8") + CONFIG_CLASS, encoding="utf-8")
+    edit(package / "config" / "__init__.py", "    ORPOConfig,\n", "    ORPOConfig,\n    OwnConfig,\n")
+    (package / "trainers" / "own.py").write_text(TRAINER, encoding="utf-8")
+    factory, composition = package / "trainers" / "factory.py", package / "composition.py"
+    edit(factory, "\n\n_CLASSES", "\nfrom kd.trainers.own import OwnTrainer\n\n_CLASSES")
+    edit(factory, '    "pretrain": PretrainTrainer,', '    "pretrain": PretrainTrainer,\n    "own": OwnTrainer,')
+    edit(composition, "    ORPOConfig,\n", "    ORPOConfig,\n    OwnConfig,\n")
+    edit(composition, '    "train_sft": SFTConfig,', '    "train_sft": SFTConfig,\n    "train_own": OwnConfig,')
+    (checkout / "conf" / "train" / "own.yaml").write_text("defaults: [/schema/train_own@_here_, _self_]\n")
+    outcome = run(*TINY, "train=own", PYTHONPATH=str(checkout))
+    assert outcome.code == 0, outcome.errors
+    assert only_run().name.startswith("own-seed0-")

@@ -269,6 +269,10 @@ BAD_VALUES = {
     ("data.tokenizer=nobody/nothing", "teacher=none", "train.alpha=0"): (4, "nobody/nothing", "hf download"),
     ("teacher.model.vocab_size=5000",): (2, "teacher.model.vocab_size=5000", "model.vocab_size=4096"),
     ("model.vocab_size=100",): (2, "model.vocab_size=100", "model.vocab_size=257"),
+    ("data.path=~/x",): (2, "data.path=~/x", """'data.path="~/x"'"""),
+    ("hydra.run.dir=x/y",): (2, "hydra.run.dir=x/y", "name="),
+    ("-m", "hydra.job.chdir=true"): (2, "hydra.job.chdir=True", "Leave it out"),
+    ("-m", "--cfg", "job"): (2, "--cfg", "Only one of"),
     ("init_from=missing",): (4, "missing", "outputs/<name>/<run>"),
 }
 

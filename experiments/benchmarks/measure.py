@@ -23,6 +23,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from kd.openmp import let_threads_sleep
+
 RESULTS = Path(__file__).parent / "results"
 PEAK_FILE = Path("/proc/self/status")
 CPU_FILE = Path("/proc/cpuinfo")
@@ -130,8 +134,8 @@ def _compare_side_by_side(commands: dict[str, list[str]], rounds: int) -> list[M
 
 
 def _start(command: list[str]) -> "subprocess.Popen[str]":
-    # As kd.train sets it: otherwise idle threads spin, and any other work on the machine slows a variant manifold.
-    environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
+    # As kd.train does: otherwise idle threads spin, and any other work on the machine slows a variant manifold.
+    environment = {**os.environ, **let_threads_sleep(os.environ)}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 

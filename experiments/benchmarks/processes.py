@@ -29,6 +29,7 @@ from measure import Measurement, write_json
 from kd.config import ModelConfig, PretrainConfig
 from kd.distributed import get_rank, get_world_size, process_group
 from kd.model import StudentModel
+from kd.openmp import let_threads_sleep
 from kd.trainers import PretrainTrainer
 
 ROWS_PER_STEP, ROWS, LENGTH, VOCABULARY = 32, 8, 128, 4096
@@ -125,7 +126,7 @@ def measure_once(variant: Variant) -> float:
     Raises:
         RuntimeError: if they end in an error.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(variant.threads), "GOMP_SPINCOUNT": "20000"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(variant.threads)} | let_threads_sleep(os.environ)
     ended = subprocess.run(variant.command(), env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise RuntimeError(f"{variant.name} ended with {ended.returncode}:\n{ended.stderr}")

@@ -186,6 +186,7 @@ def ours(setting: Setting, teacher: nn.Module | Teacher) -> Step:
         weight_decay=0.0,
         warmup_steps=0,
         num_epochs=10**6,  # so that the rate stays where it is
+        log_interval=10**9,  # else the meter is emptied
         alpha=setting.job.alpha,
         temperature=setting.job.temperature,
     )

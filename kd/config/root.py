@@ -90,10 +90,13 @@ class Config:
 
     def _check_data(self) -> None:
         trainer, data = self.train.trainer, self.data
-        if trainer not in data.trainers:
+        # A trainer of one's own learns from what that learns from whose configuration it derives from.
+        kinds = [cls.trainer for cls in type(self.train).__mro__ if issubclass(cls, TrainerConfig)]
+        if not any(kind in data.trainers for kind in kinds):
+            wanted = next((DATA_FOR[kind] for kind in kinds if kind in DATA_FOR), None)
             raise ConfigError(
                 f"train ({trainer}) and data ({type(data).__name__}) do not go together: {trainer} learns from "
-                f"{DATA_FOR[trainer]}."
+                f"{wanted or 'what no data give, since its configuration derives from that of no known trainer'}."
             )
         if isinstance(data, CorpusConfig) and data.seq_len > self.model.max_seq_len:
             raise ConfigError(
