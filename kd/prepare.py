@@ -1,5 +1,6 @@
 """From a plan to ready parts: what training needs is made or opened, tokenizer, packed blocks, teacher, student."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
     with all_or_nothing():
         source = _place_tokenizer(plan, plan.data)
         blocks = _place_blocks(config, plan.data, source)
-        loaders = _open_loaders(config, blocks)
+        loaders = _open_loaders(config, blocks, plan.data.part_names)
     _check_vocabulary_fits(config, loaders[0].dataset.vocab_size)
     teacher = open_teacher(plan, blocks, loaders[0], loaders[1], device, stop)
     return Parts(device, _new_student(plan), teacher, source, *loaders)
@@ -116,13 +117,15 @@ def _check_vocabulary_fits(config: Config, size: int) -> None:
         )
 
 
-def _open_loaders(config: Config, blocks: Path) -> tuple[BlockLoader, BlockLoader, BlockLoader | None]:
+def _open_loaders(
+    config: Config, blocks: Path, parts: Sequence[str]
+) -> tuple[BlockLoader, BlockLoader, BlockLoader | None]:
     assert isinstance(config.data, CorpusConfig)
     size, workers = config.train.batch_size, config.data.num_workers
     limit = config.data.max_eval_blocks
     training = PackedBlocks(blocks, "train", config.data.max_train_blocks)
     test = None
-    if config.data.test_ratio > 0:
+    if "test" in parts:
         test = eval_loader(PackedBlocks(blocks, "test", limit), size, workers)
     return (
         train_loader(training, size, config.seed, workers),

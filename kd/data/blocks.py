@@ -85,7 +85,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         if part not in meta.parts:
             raise DataError(
                 f"{directory} has no part {part!r}, only {', '.join(meta.parts)}. A test part needs data.test_ratio "
-                "above 0."
+                "above 0, or data.test_path."
             )
         self.directory = directory
         self.part = part
