@@ -5,11 +5,13 @@ Only the entry points use this; nothing below them knows Hydra or OmegaConf.
 
 import dataclasses
 import difflib
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -189,8 +191,17 @@ def _explain_composition(error: Exception) -> str:
         return _unknown_key(key, known, key.rpartition(".")[0] + "." if "." in key else "")
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}. See python -m kd.train --cfg job for the values."
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        return _unreadable_value(*error.override.split("=", maxsplit=1))
     lines = [line for line in str(error).splitlines() if line.strip() and "provider=" not in line]
     text = " ".join(line.strip() for line in lines if "search path" not in line)
     if LAUNCHERS in text:
         return f"{text} joblib needs pip install 'kd-train[sweep]'; submitit and slurm need 'kd-train[slurm]'."
     return f"{text} (python -m kd.train --help lists groups and keys)"
+
+
+def _unreadable_value(key: str, value: str) -> str:
+    # In Hydra's quotes, backslashes are doubled only before a quote.
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
+    quoted = shlex.quote(f'{key}="{escaped}"')
+    return f"{key}={value} cannot be read as it stands. Quote the value, for Hydra and for the shell: {quoted}"

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -241,6 +242,12 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "number for a group": (["model=7"], ["group", "int"]),
     "several values": (["train.alpha=0,1"], ["train.alpha", "--multirun"]),
     "no value": (["train.alpha"], ["train.alpha", "EQUAL"]),
+    "a path at home": (["data=text", "data.path=~/x"], ["data.path=~/x ", """'data.path="~/x"'"""]),
+    "a path with an equals sign": (
+        ["data=text", "data.path=x=y.txt"],
+        ["data.path=x=y.txt ", """'data.path="x=y.txt"'"""],
+    ),
+    "a path with brackets": (["data=text", "data.path=a(b).txt"], ["""'data.path="a(b).txt"'"""]),
     "out of range": (["train.alpha=2"], ["train.alpha=2"]),
     "out of range, nested": (["teacher.train.batch_size=0"], ["train.batch_size=0"]),
 }
@@ -254,6 +261,24 @@ def test_a_mistake_is_a_config_error_that_names_the_key(overrides: list[str], wo
     assert all(word in message for word in words), message
     assert caught.value.exit_code == 2
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("path", ["~/x", "x=y.txt", "a(b).txt", "it's", 'a"b', "a\\\\b=c", "[x", "a:b=c", "x=\\\\"])
+def test_a_value_that_was_quoted_as_advised_is_what_it_was(path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of("data=text", f"data.path={path}")
+    (argument,) = shlex.split(str(caught.value).split("for the shell: ")[1])
+    data = config_of("data=text", argument).data
+    assert isinstance(data, TextDataConfig)
+    assert data.path == path
+
+
+@pytest.mark.parametrize(
+    ("data", "ratio"),
+    [("text", 0.1), ("hub", 0.1), ("examples", 0.1), ("instructions", 0.1), ("stdlib", 0.1), ("wiki_zh", 0.0)],
+)
+def test_all_data_but_the_specified_have_a_test_part(data: str, ratio: float) -> None:
+    assert composed(f"data={data}").data.test_ratio == ratio
 
 
 def test_a_fault_of_the_code_is_not_explained_away() -> None:
