@@ -29,7 +29,8 @@ class LetterTokenizer:
     def __init__(self, eos_token_id: int | None = None) -> None:
         self.eos_token_id = eos_token_id
 
-    def __call__(self, text: str) -> Mapping[str, list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
+        assert not add_special_tokens
         return {"input_ids": [ord(letter) - ord("a") for letter in text]}
 
     def decode(self, token_ids: list[int]) -> str:
