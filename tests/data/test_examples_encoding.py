@@ -20,6 +20,7 @@ from kd.data import (
     encode_prompts,
     render_chat,
 )
+from kd.data.special_tokens import special_pattern, unknown_id
 from kd.data.tokenizers import train_bpe
 from kd.errors import DataError
 from kd.losses import IGNORE_INDEX
@@ -148,6 +149,14 @@ def test_unknown_tokens_are_counted(word_tokenizer: "PreTrainedTokenizerFast") -
     assert (encoded.outcome.unknown, encoded.outcome.tokens) == (4, 8)
     (warning,) = encoded.outcome.warnings()
     assert "50 % of the tokens are the tokenizer's unknown one" in warning
+
+
+def test_an_end_of_text_that_is_also_the_unknown_token_is_not_counted() -> None:
+    """As in GPT-2's tokenizer, whose bytes know every text."""
+    tokenizer = train_bpe(["any text"], 257)
+    assert (unknown_id(tokenizer), special_pattern(tokenizer).pattern) == (None, r"<\|endoftext\|>")
+    tokenizer.unk_token = tokenizer.eos_token
+    assert unknown_id(tokenizer) is None
 
 
 def test_lengths_are_multiples_of_8_within_the_limit(byte_tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from kd.config import ExampleFilesConfig, TextDataConfig
@@ -139,9 +141,11 @@ def test_a_name_that_is_not_utf_8_is_read(tmp_path: Path, caplog: pytest.LogCapt
     folder = os.fsencode(tmp_path)
     for name in (b"caf\xe9.txt", b"caf\xe9.jsonl", b"a.txt", b"b.\xe9"):
         Path(os.fsdecode(folder + b"/" + name)).write_text(json.dumps({"text": "row"}))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["row"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").rename(os.fsdecode(folder + b"/caf\xe9.parquet"))
     corpus = read_corpus(TextDataConfig(path=str(tmp_path)))
     ids = [name for part in corpus.part_names for name in corpus.document_ids(part)]
-    assert sorted(ids) == ["a.txt", "caf\\xe9.jsonl#0", "caf\\xe9.txt"]
+    assert sorted(ids) == ["a.txt", "caf\\xe9.jsonl#0", "caf\\xe9.parquet#0", "caf\\xe9.txt"]
     "\n".join([*ids, caplog.text]).encode()
     Path(os.fsdecode(folder + b"/caf\xe9.jsonl")).write_text("{")
     with pytest.raises(DataError, match=r"caf\\xe9\.jsonl, line 1 is not JSON"):
