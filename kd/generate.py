@@ -38,7 +38,8 @@ def generate(command_line: list[str]) -> str:
         seed=arguments.seed,
     )
     student = load_student(Path(arguments.run))
-    prompt: str = arguments.prompt
+    # Bytes that the locale could not read may be UTF-8 after all.
+    prompt = str(arguments.prompt).encode(errors="surrogateescape").decode(errors="surrogateescape")
     return prompt + TextGenerator(student.model, student.tokenizer).generate(prompt, settings)
 
 

@@ -298,6 +298,8 @@ def test_generate_prints_what_a_terminal_cannot_show_as_escapes(finished: Path) 
     outcome = run(*arguments, module="kd.generate", PYTHONIOENCODING="ascii")
     assert outcome.code == 0, outcome.errors
     assert outcome.output.startswith(r"# \xe9\u4e2d")
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # as a locale that knows ASCII alone
+    assert run(*arguments, module="kd.generate", PYTHONIOENCODING="ascii", **bare).output == outcome.output
 
 
 def test_a_prompt_that_is_not_utf_8_is_refused(finished: Path) -> None:
