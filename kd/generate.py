@@ -1,6 +1,7 @@
 """Continue a prompt with a run's student: `python -m kd.generate RUN "prompt"`."""
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from kd.errors import KDError
 
 def main() -> None:
     """Run the command line; exit with the code of what went wrong (see `kd.errors`)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal of few characters cannot show
     try:
         print(generate(sys.argv[1:]))
     except KDError as error:
@@ -35,7 +38,8 @@ def generate(command_line: list[str]) -> str:
         seed=arguments.seed,
     )
     student = load_student(Path(arguments.run))
-    prompt: str = arguments.prompt
+    # Bytes that the locale could not read may be UTF-8 after all.
+    prompt = str(arguments.prompt).encode(errors="surrogateescape").decode(errors="surrogateescape")
     return prompt + TextGenerator(student.model, student.tokenizer).generate(prompt, settings)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd.data.chat import turn_end_id
 from kd.errors import ConfigError
 from kd.model import KeyValueCache, StudentModel
 
@@ -85,9 +86,9 @@ class Rollout:
     """Responses to a batch of prompts; R tokens of the longest one, none has more."""
 
     responses: Tensor
-    """(B, R) token ids, an end-of-text token included where one was generated; padding follows on the right."""
+    """(B, R) token ids, that which ends the text included where one was generated; padding follows on the right."""
     mask: Tensor
-    """(B, R) bool, True at the tokens of the responses, the end-of-text token too."""
+    """(B, R) bool, True at the tokens of the responses, that which ends the text too."""
     logprobs: Tensor
     """(B, R) float32: log p(token) of the model itself, at temperature 1 and over the whole vocabulary, in nats; 0 at
     padding. These are GRPO's old log-probabilities. They are those of the distribution that the tokens were drawn from
@@ -97,6 +98,8 @@ class Rollout:
 class TextGenerator:
     """Continues text with a trained student, which it puts in eval mode and leaves there.
 
+    Text ends with the end-of-text token, or with that which ends an answer in the tokenizer's chat template.
+
     Args:
         model: the student.
         tokenizer: the one that the student was trained with.
@@ -105,14 +108,21 @@ class TextGenerator:
     def __init__(self, model: StudentModel, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        ends = (tokenizer.eos_token_id, turn_end_id(tokenizer))
+        self.end_ids = frozenset(token for token in ends if token is not None)
+        """Tokens that a text ends with; of the generated text itself they are no part."""
 
     def generate(self, prompt: str, config: GenerationConfig = GenerationConfig()) -> str:
         """Return the continuation of a prompt, without the prompt; an empty one starts from the end-of-text token.
 
+        The prompt is encoded as in training: no token is added. Special tokens spelled out in it are meant as such,
+        so that one who writes a chat's turns as the template does has them.
+
         Raises:
-            ConfigError: if the prompt is empty and the tokenizer has no end-of-text token.
+            ConfigError: if the prompt is not valid Unicode, or empty while the tokenizer has no end-of-text token.
         """
-        tokens = list(self.tokenizer(prompt)["input_ids"])
+        _check_unicode(prompt)
+        tokens = list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         if not tokens:
             tokens = [self._start_token()]
         return self.decode(self.generate_ids(torch.tensor([tokens]), config))
@@ -124,7 +134,7 @@ class TextGenerator:
         return text
 
     def generate_ids(self, input_ids: Tensor, config: GenerationConfig = GenerationConfig()) -> list[int]:
-        """Return the ids that follow input_ids (1, L), L > 0, up to and without the end-of-text token.
+        """Return the ids that follow input_ids (1, L), L > 0, up to and without the token that ends the text.
 
         When the context is full, it goes on from the newest half of max_seq_len tokens. Of a longer prompt only the
         newest max_seq_len tokens are read. Torch's global random numbers are not touched.
@@ -138,7 +148,7 @@ class TextGenerator:
         tokens = []
         stream = self._stream(input_ids[0].tolist(), config)
         for token in stream:
-            if token == self.tokenizer.eos_token_id:
+            if token in self.end_ids:
                 break
             tokens.append(token)
         return tokens
@@ -146,7 +156,7 @@ class TextGenerator:
     def generate_batch_ids(
         self, prompts: Sequence[Sequence[int]], config: GenerationConfig = GenerationConfig()
     ) -> list[list[int]]:
-        """Return for each prompt the ids that follow it, up to and without the end-of-text token.
+        """Return for each prompt the ids that follow it, up to and without the token that ends the text.
 
         Unlike `generate_ids`, it ends where the context is full: see `rollout`, which this is without the tensors.
 
@@ -156,9 +166,8 @@ class TextGenerator:
         if not prompts:
             return []
         rollout = self.rollout(*_padded_left(prompts), config)
-        end = self.tokenizer.eos_token_id
         rows = zip(rollout.responses.tolist(), rollout.mask.sum(dim=1).tolist(), strict=True)
-        return [[token for token in row[:length] if token != end] for row, length in rows]
+        return [[token for token in row[:length] if token not in self.end_ids] for row, length in rows]
 
     def rollout(
         self,
@@ -169,7 +178,7 @@ class TextGenerator:
     ) -> Rollout:
         """Return responses to each prompt of a batch, with their log-probabilities.
 
-        Each row ends with the end-of-text token, or after max_new_tokens, or where L + R reaches the model's
+        Each row ends with a token that ends the text, or after max_new_tokens, or where L + R reaches the model's
         max_seq_len, so that prompts and responses side by side fit the model. Padding takes room as tokens do. A row
         gets the tokens that it would get alone (for other strategies than greedy, with draws of its own: one generator,
         of config.seed, draws for all rows). The model is left in eval mode. Torch's global random numbers are not
@@ -188,13 +197,14 @@ class TextGenerator:
         input_ids, attention_mask = input_ids.to(device), attention_mask.to(device).bool()
         self._check_prompts(input_ids, attention_mask)
         self.model.eval()  # it may have been trained since
-        end = self.tokenizer.eos_token_id
+        ends = torch.tensor(sorted(self.end_ids), dtype=torch.long, device=device)
+        filler = self.tokenizer.eos_token_id or 0
         is_live = torch.ones(len(input_ids) * num_responses, dtype=torch.bool, device=device)
         columns = []
         for tokens, logprobs in self._stream_batch(input_ids, attention_mask, config, num_responses):
             # A row that has ended goes on, unseen: a batch that shrinks would have to move its whole cache.
-            columns.append((tokens.where(is_live, 0 if end is None else end), is_live, logprobs.where(is_live, 0.0)))
-            is_live = is_live & (tokens != end) if end is not None else is_live
+            columns.append((tokens.where(is_live, filler), is_live, logprobs.where(is_live, 0.0)))
+            is_live = is_live & ~torch.isin(tokens, ends)
             if not is_live.any():
                 break
         responses, mask, kept_logprobs = (torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))
@@ -288,6 +298,15 @@ class TextGenerator:
                 "The prompt is empty, and the tokenizer has no end-of-text token to start from: give one."
             )
         return token
+
+
+def _check_unicode(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"The prompt is not valid Unicode at character {error.start} ({error.reason}): give it as UTF-8."
+        ) from error
 
 
 def _padded_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

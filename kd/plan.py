@@ -35,6 +35,7 @@ from kd.data import (
 from kd.errors import ConfigError, DataError
 from kd.extras import require_extra
 from kd.files import digest_of, file_digest
+from kd.rewards import ANSWER_CHECKS
 from kd.runs import Fingerprints, RunIdentity, check_outputs, run_identity
 from kd.start import Start, find_start
 from kd.teacher_files import PretrainedTeacher, check_vocabulary, find_teacher
@@ -174,7 +175,9 @@ def _example_set(data: ExampleConfig, config: Config) -> ExampleSet[Example]:
     """The examples in the form that the trainer needs."""
     if isinstance(config.train, SFTConfig):
         return answer_set(data)
-    return prompt_set(data) if isinstance(config.train, GRPOConfig) else preference_set(data)
+    if isinstance(config.train, GRPOConfig):
+        return prompt_set(data, ANSWER_CHECKS.get(config.train.reward))
+    return preference_set(data)
 
 
 def _tokenizer_fingerprint(config: Config, data: Corpus | ExampleSet[Example], tokenizer: TokenizerSource) -> str:

@@ -85,7 +85,7 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
     with all_or_nothing():
         source = _place_tokenizer(plan, plan.data)
         blocks = _place_blocks(plan, plan.data, source)
-        loaders = _open_loaders(config, blocks)
+        loaders = _open_loaders(config, blocks, plan.data.part_names)
     _check_tokens(plan, loaders[0].dataset.vocab_size, loaders)
     content = teacher_content(plan, blocks, device, stop)
     teacher = open_teacher(plan, content, blocks, loaders[0], loaders[1], device, stop)
@@ -133,13 +133,15 @@ def _place_blocks(plan: Plan, corpus: Corpus, source: TokenizerSource) -> Path:
     return build_blocks(corpus, tokenizer, source.content_fingerprint, data.seq_len)
 
 
-def _open_loaders(config: Config, blocks: Path) -> tuple[BlockLoader, BlockLoader, BlockLoader | None]:
+def _open_loaders(
+    config: Config, blocks: Path, parts: Sequence[str]
+) -> tuple[BlockLoader, BlockLoader, BlockLoader | None]:
     assert isinstance(config.data, CorpusConfig)
     size, workers = config.train.batch_size, config.data.num_workers
     limit = config.data.max_eval_blocks
     training = PackedBlocks(blocks, "train", config.data.max_train_blocks)
     test = None
-    if config.data.test_ratio > 0:
+    if "test" in parts:
         test = eval_loader(PackedBlocks(blocks, "test", limit), size, workers)
     return (
         train_loader(training, size, config.seed, workers),

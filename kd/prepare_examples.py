@@ -43,6 +43,8 @@ def open_example_loaders(
     def encoded(part: str, limit: int | None) -> EncodedExamples:
         found = _encode(config, examples.part(part)[:limit], tokenizer, examples.first_id(part))
         log.info("%s: %s", part.capitalize(), found.outcome.describe())
+        for warning in found.outcome.warnings():
+            log.warning("%s: %s", part.capitalize(), warning)
         return found
 
     training = encoded("train", data.max_train_examples)

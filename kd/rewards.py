@@ -25,14 +25,18 @@ def exact_answer(response: str, answer: str) -> float:
     Raises:
         DataError: if the reference is not such a number: no response could ever match it.
     """
-    reference = answer.strip()
-    if _NUMBER.fullmatch(reference) is None:
+    require_number(answer)
+    found = _NUMBER.search(response)
+    return float(found is not None and found.group() == answer.strip())
+
+
+def require_number(answer: str) -> None:
+    """Raise DataError unless a reference answer is a number like `19`, `-3` or `0.5`."""
+    if _NUMBER.fullmatch(answer.strip()) is None:
         raise DataError(
             f"The reference answer {answer!r} is not a number like 19, -3 or 0.5, which the reward exact_answer "
             "compares with: mend the `answer` column, or use another reward."
         )
-    found = _NUMBER.search(response)
-    return float(found is not None and found.group() == reference)
 
 
 def exact_text(response: str, answer: str) -> float:
@@ -42,3 +46,6 @@ def exact_text(response: str, answer: str) -> float:
 
 REWARDS: Final[dict[str, RewardFunction]] = {"exact_text": exact_text, "exact_answer": exact_answer}
 """What a configuration can name; one's own function is given through the Python API."""
+
+ANSWER_CHECKS: Final[dict[str, Callable[[str], None]]] = {"exact_answer": require_number}
+"""What a reward requires of every reference answer, by the reward's name; it raises DataError. Of others: nothing."""

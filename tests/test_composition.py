@@ -316,6 +316,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "letters beyond ASCII": (["data.path=\u6587.txt"], ["""'data.path="\u6587.txt"'"""]),
     "a launcher's setting without a launcher": (["hydra.launcher.n_jobs=2"], ["n_jobs", "hydra/launcher=joblib"]),
     "an empty choice": (["seed=choice()"], ["seed=choice()", "empty choice is not legal"]),
+    "a path with brackets": (["data=text", "data.path=a(b).txt"], ["""'data.path="a(b).txt"'"""]),
     "out of range": (["train.alpha=2"], ["train.alpha=2"]),
     "out of range, nested": (["teacher.train.batch_size=0"], ["train.batch_size=0"]),
 }
@@ -331,7 +332,10 @@ def test_a_mistake_is_a_config_error_that_names_the_key(overrides: list[str], wo
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("value", ["x=y", "~/x", "\u6587", "a(1).txt", "it's=1", 'say "a=b"', "[a].txt", "b = c"])
+@pytest.mark.parametrize(
+    "value",
+    ["x=y", "~/x", "\u6587", "a(1).txt", "it's=1", 'say "a=b"', "[a].txt", "b = c", "a\\\\b=c", "x=\\\\", "a:b=c"],
+)
 def test_the_quotes_that_a_refusal_proposes_give_the_value_as_it_stands(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config_of(f"data.path={value}")
@@ -344,6 +348,14 @@ def test_a_missing_configuration_is_named() -> None:
     with initialize_config_dir(conf_dir(), version_base="1.3"), pytest.raises(MissingConfigException) as caught:
         compose("nope")
     assert "'nope'" in str(explain(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("data", "ratio"),
+    [("text", 0.1), ("hub", 0.1), ("examples", 0.1), ("instructions", 0.1), ("stdlib", 0.1), ("wiki_zh", 0.0)],
+)
+def test_all_data_but_the_specified_have_a_test_part(data: str, ratio: float) -> None:
+    assert composed(f"data={data}").data.test_ratio == ratio
 
 
 def test_a_fault_of_the_code_is_not_explained_away() -> None:

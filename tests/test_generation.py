@@ -29,7 +29,8 @@ class LetterTokenizer:
     def __init__(self, eos_token_id: int | None = None) -> None:
         self.eos_token_id = eos_token_id
 
-    def __call__(self, text: str) -> Mapping[str, list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
+        assert not add_special_tokens
         return {"input_ids": [ord(letter) - ord("a") for letter in text]}
 
     def decode(self, token_ids: list[int]) -> str:
@@ -202,6 +203,41 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: list[float], p: flo
     assert probabilities[: count - 1].sum() < p + 1e-5
     if count < len(logits):
         assert x.numpy()[survivors].min() >= x.numpy()[~survivors].max()
+
+
+@pytest.mark.parametrize(
+    ("counts", "p", "kept"),
+    [
+        ([1, 1], 0.5, 1),
+        ([1, 1], 0.5001, 2),
+        ([1, 1, 1, 1], 0.25, 1),
+        ([1, 1, 1, 1], 0.75, 3),
+        ([4, 2, 1, 1], 0.5, 1),
+        ([4, 2, 1, 1], 0.75, 2),
+        ([4, 2, 1, 1], 0.76, 3),
+        ([4, 2, 1, 1], 1.0, 4),
+    ],
+)
+def test_top_p_keeps_no_token_beyond_p(counts: list[int], p: float, kept: int) -> None:
+    """Sums that floats hold exactly, so that a set which just reaches p is told from one with a token more."""
+    assert int((keep_top_p(torch.tensor(counts).float().log2() * math.log(2), p) > -math.inf).sum()) == kept
+
+
+def test_each_of_several_ends_ends_a_text() -> None:
+    free = make_generator()
+    config = GenerationConfig(max_new_tokens=ROOM)
+    single, rows = free.generate_ids(PROMPT, config), free.generate_batch_ids(PROMPTS, config)
+    ends = {single[3], rows[2][1]}
+    generator = make_generator(eos_token_id=25)
+    generator.end_ids = frozenset(ends)
+
+    def cut_at_end(row: list[int]) -> list[int]:
+        return row[: next((index for index, token in enumerate(row) if token in ends), len(row))]
+
+    assert generator.generate_ids(PROMPT, config) == cut_at_end(single)
+    assert generator.generate_batch_ids(PROMPTS, config) == [cut_at_end(row) for row in rows]
+    for response in cut(generator.rollout(*padded(), config)):
+        assert not ends & set(response[:-1])
 
 
 def test_filters_take_batches() -> None:

@@ -74,6 +74,13 @@ def two_runs() -> None:
     a_run("run-b")
 
 
+def a_run_and_answers() -> None:
+    a_run()
+    rows = [{"prompt": str(n), "answer": "N/A" if n == 7 else str(n)} for n in range(20)]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+ANSWERS = ("train=grpo", "train.reward=exact_answer", "data=examples", "data.path=answers.jsonl", "init_from=run")
 TEACHER = ("teacher=local", "teacher.path=teacher")
 REFUSALS: dict[tuple[str, ...], tuple[Callable[[], None], int, str]] = {
     ("train.alpha=2",): (nothing, 2, "train.alpha=2"),
@@ -89,6 +96,7 @@ REFUSALS: dict[tuple[str, ...], tuple[Callable[[], None], int, str]] = {
     ("train=sft", "init_from=run"): (a_run, 2, "data=instructions"),
     ("train=sft", "data=instructions"): (nothing, 2, "init_from=RUN"),
     ("train=grpo", "data=examples", "data.path=missing", "init_from=run"): (a_run, 4, "data.path=missing"),
+    ANSWERS: (a_run_and_answers, 4, "answers.jsonl, line 8: The reference answer 'N/A' is not a number"),
     TEACHER: (nothing, 4, "teacher.path=teacher"),
     (*TEACHER, "model.vocab_size=299"): (a_teacher, 2, "set model.vocab_size=300"),
     (*TEACHER, "model.vocab_size=300"): (a_teacher, 2, "set data.seq_len=64"),

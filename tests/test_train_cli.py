@@ -353,6 +353,20 @@ def test_generate_continues_a_prompt(finished: Path) -> None:
     assert len(outcome.output) > len("def f(\n")
 
 
+def test_generate_prints_what_a_terminal_cannot_show_as_escapes(finished: Path) -> None:
+    arguments = (str(finished), "# \u00e9\u4e2d", "--max-new-tokens", "1")
+    outcome = run(*arguments, module="kd.generate", PYTHONIOENCODING="ascii")
+    assert outcome.code == 0, outcome.errors
+    assert outcome.output.startswith(r"# \xe9\u4e2d")
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # as a locale that knows ASCII alone
+    assert run(*arguments, module="kd.generate", PYTHONIOENCODING="ascii", **bare).output == outcome.output
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused(finished: Path) -> None:
+    with pytest.raises(ConfigError, match="not valid Unicode at character 3"):
+        kd.generate.generate([str(finished), os.fsdecode(b"caf\xe9")])
+
+
 @pytest.mark.parametrize("strategy", ["greedy", "top_k", "top_p"])
 def test_each_strategy_repeats_itself(finished: Path, strategy: str) -> None:
     options = ["--strategy", strategy, "--max-new-tokens", "12", "--seed", "3"]

@@ -74,18 +74,23 @@ class StdlibDataConfig(CorpusConfig):
 
 @dataclass
 class TextDataConfig(CorpusConfig):
-    """Local files: .txt, .md, .py (a document each), .jsonl and .parquet (a document a row)."""
+    """Local files: .txt, .md, .py (a document each), .jsonl, .jsonl.gz and .parquet (a document a row)."""
 
     path: str = MISSING
-    """A file, a folder (searched through) or a glob pattern."""
+    """A file, a folder (searched through) or a glob pattern; .json and .csv are read where it names them."""
     text_column: str = "text"
-    """Column of .jsonl and .parquet rows that holds the text."""
+    """Column of rows that holds the text."""
     document_separator: str | None = None
-    """Cut .txt, .md and .py files into documents at this string; null: a file is a document."""
+    r"""Cut .txt, .md and .py files into documents at this string, in which \n and \t are escapes; null: a file is a
+    document."""
+    val_path: str | None = None
+    """Files of the validation part, as `path`; null: `val_ratio` of those of `path`."""
+    test_path: str | None = None
+    """Files of the test part, as `path`; null: `test_ratio` of those of `path`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.path), "data.path", "''", "give a file, a folder or a glob pattern")
+        check_paths(self.path, self.val_path, self.test_path)
         require(self.document_separator != "", "data.document_separator", "''", "give a string, or null")
 
 
@@ -103,3 +108,20 @@ class HubDataConfig(CorpusConfig):
     """Split whose documents are taken (and split again by `val_ratio`)."""
     text_column: str = "text"
     """Column that holds the text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_paths(self.path)
+
+
+def check_paths(path: str, val_path: str | None = None, test_path: str | None = None) -> None:
+    """Raise a ConfigError for a path that is empty, or whose bytes are not UTF-8, or two equal ones."""
+    given = {"data.path": path, "data.val_path": val_path, "data.test_path": test_path}
+    named = {key: value for key, value in given.items() if value is not None}
+    for key, value in named.items():
+        require(bool(value), key, "''", "give a file, a folder or a glob pattern")
+        shown = value.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        require(shown == value, key, shown, "it is not UTF-8; rename the file, or name its folder")
+    if len(set(named.values())) < len(named):
+        settings = " and ".join(f"{key}={value}" for key, value in named.items())
+        raise ConfigError(f"{settings} must differ: each part has its own files.")

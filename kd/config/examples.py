@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kd.config.checks import require, require_positive
-from kd.config.data import MISSING, DataConfig
+from kd.config.data import MISSING, DataConfig, check_paths
 
 
 @dataclass
@@ -81,13 +81,17 @@ class ArithmeticDataConfig(ExampleConfig):
 
 @dataclass
 class ExampleFilesConfig(ExampleConfig):
-    """Local .jsonl and .parquet files, with an example a row; the trainer says which columns it needs."""
+    """Local .jsonl, .jsonl.gz and .parquet files, with an example a row; the trainer says which columns it needs."""
 
     trainers: ClassVar[tuple[str, ...]] = ("sft", "dpo", "orpo", "grpo")
 
     path: str = MISSING
-    """A file, or a folder that is searched through."""
+    """A file, a folder (searched through) or a glob pattern; .json and .csv are read where it names them."""
+    val_path: str | None = None
+    """Files of the validation part, as `path`; null: `val_ratio` of those of `path`."""
+    test_path: str | None = None
+    """Files of the test part, as `path`; null: `test_ratio` of those of `path`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.path), "data.path", "''", "give a .jsonl or .parquet file, or a folder of them")
+        check_paths(self.path, self.val_path, self.test_path)

@@ -4,6 +4,7 @@ With L = seq_len, block i has the inputs tokens[i*L : (i+1)*L] and the labels to
 share one token, and every token but the first (and a rest shorter than a block) is a target exactly once.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from kd.files import check_directory, digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("kd")
 
 _FORMAT = 1
 _KIND = "blocks"
@@ -85,13 +88,15 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         if part not in meta.parts:
             raise DataError(
                 f"{directory} has no part {part!r}, only {', '.join(meta.parts)}. A test part needs data.test_ratio "
-                "above 0."
+                "above 0, or data.test_path."
             )
         self.directory = directory
         self.part = part
         self.seq_len = meta.seq_len
         self.vocab_size = meta.vocab_size
         counts = meta.parts[part]
+        for warning in counts.warnings():
+            log.warning("%s: %s", part.capitalize(), warning)
         self.tokens_per_byte = counts.tokens / counts.bytes
         """Tokens per byte of text, of the whole part."""
         earlier = list(meta.parts)[: list(meta.parts).index(part)]

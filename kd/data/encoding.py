@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd.data.chat import render_chat
-from kd.data.examples import AnswerExample, ChatExample, PreferenceExample, PromptExample, SftExample
+from kd.data.encoded_texts import Outcome, TextEncoder, encode_turns
+from kd.data.examples import PreferenceExample, PromptExample, SftExample, lacks_answer
 from kd.data.tokenizers import end_of_text_id
 from kd.errors import DataError
 from kd.losses import IGNORE_INDEX
@@ -22,42 +21,8 @@ if TYPE_CHECKING:
 
 _MULTIPLE = 8
 """Batches are padded to a length of a multiple of this: fewer shapes, and matrix units like it."""
-_BATCH = 1000
 Indexes = Sequence[int]
 Ids = npt.NDArray[np.int64]
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of the examples that were encoded."""
-
-    examples: int
-    """Given."""
-    too_long: int = 0
-    """Left out: the prompt leaves no room for an answer."""
-    without_prompt: int = 0
-    """Left out: the prompt has no token, so nothing predicts the answer's first one."""
-    equal: int = 0
-    """Left out: the chosen and the rejected answer are the same, as text or as far as they fit."""
-    cut: int = 0
-    """Kept, but an answer's end was cut off to fit, its end-of-text token included."""
-
-    @property
-    def left_out(self) -> int:
-        """Examples that are not used."""
-        return self.too_long + self.without_prompt + self.equal
-
-    def describe(self) -> str:
-        """Return one line for the log: what was kept, what was left out and why."""
-        reasons = {
-            "with a prompt that leaves no room for an answer": self.too_long,
-            "with an empty prompt": self.without_prompt,
-            "with equal answers": self.equal,
-        }
-        text = f"{self.examples - self.left_out} of {self.examples} examples are used"
-        causes = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-        text += f"; left out: {causes}" if causes else ""
-        return text + (f"; {self.cut} cut at the end to fit" if self.cut else "")
 
 
 class TokenRows:
@@ -130,7 +95,8 @@ class EncodedAnswers(EncodedExamples):
     """For SFT: `input_ids`, `labels`, `attention_mask` (B, L), padded on the right, and `example_id` (B,).
 
     `labels[:, i]` is the token that follows `input_ids[:, i]`; it is -100 where that is a prompt token or padding.
-    The end-of-text token after a response is a target, unless the response was cut.
+    What ends a response is a target, unless the response was cut: the end-of-text token or, after a chat's answer, the
+    special token with which the chat template ends the turn.
     """
 
     def __init__(
@@ -142,7 +108,7 @@ class EncodedAnswers(EncodedExamples):
         limit: int,
         outcome: Outcome,
     ) -> None:
-        """Keep rows of prompt, response and end-of-text token; made by `encode_answers`."""
+        """Keep rows of prompt, response and its end; made by `encode_answers`."""
         super().__init__(example_ids, pad_id, limit, outcome)
         self._rows = rows
         self._prompt_lengths = np.array(prompt_lengths, dtype=np.int64)
@@ -263,7 +229,9 @@ def encode_answers(
 ) -> EncodedAnswers:
     """Encode examples for SFT. A response that does not fit is cut at its end, a prompt never.
 
-    Prompt and response are encoded apart, so that the prompt's tokens are those that it has when the model answers.
+    Prompt and response are encoded apart, so that the prompt's tokens are those that it has when the model answers. Of
+    a chat, all that the template renders after the prompt is learned, up to the special token that ends the turn.
+    Examples without an answer are left out.
 
     Args:
         examples: Of one part.
@@ -274,16 +242,15 @@ def encode_answers(
     Raises:
         DataError: if no example is left, or the tokenizer or a chat does not allow encoding.
     """
-    outcome, end = Outcome(len(examples)), end_of_text_id(tokenizer)
-    prompts = _prompt_ids(examples, tokenizer)
-    responses = _text_ids([example.response for example in examples], tokenizer)
+    outcome = Outcome(len(examples))
+    prompts, answers = encode_turns(examples, TextEncoder(tokenizer, outcome))
     rows: list[list[int]] = []
     lengths: list[int] = []
     ids: list[int] = []
-    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        if not _has_room(prompt, max_seq_len, outcome):
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if not _is_usable(examples[number], prompt, max_seq_len, outcome):
             continue
-        row = [*prompt, *response, end]
+        row = [*prompt, *answer]
         rows.append(row[: max_seq_len + 1])  # the last token is a target only
         lengths.append(len(prompt))
         ids.append(first_id + number)
@@ -297,15 +264,18 @@ def encode_preferences(
 ) -> EncodedPreferences:
     """Encode pairs of answers; arguments, cutting and errors as for `encode_answers`.
 
-    Pairs of equal answers are left out: they have no gradient, and would count as lost comparisons.
+    Pairs of equal answers are left out: they have no gradient, and would count as lost comparisons. So are those in
+    which the answer to prefer is blank; the other one may be.
     """
     outcome, end = Outcome(len(examples)), end_of_text_id(tokenizer)
-    prompts = _text_ids([example.prompt for example in examples], tokenizer)
-    chosen = _text_ids([example.chosen for example in examples], tokenizer)
-    rejected = _text_ids([example.rejected for example in examples], tokenizer)
+    encoder = TextEncoder(tokenizer, outcome)
+    prompts = encoder.plain([example.prompt for example in examples])
+    chosen = encoder.plain([example.chosen for example in examples])
+    rejected = encoder.plain([example.rejected for example in examples])
     kept: list[tuple[int, list[int], list[int], list[int]]] = []
     for number, prompt in enumerate(prompts):
-        if not _has_room(prompt, max_seq_len, outcome):
+        encoder.note_spelled(examples[number].prompt, examples[number].chosen, examples[number].rejected)
+        if not _is_usable(examples[number], prompt, max_seq_len, outcome):
             continue
         room = max_seq_len + 1 - len(prompt)
         good, bad = [*chosen[number], end], [*rejected[number], end]
@@ -336,8 +306,13 @@ def encode_prompts(
     """
     outcome = Outcome(len(examples))
     end_of_text_id(tokenizer)
-    encoded = _text_ids([example.prompt for example in examples], tokenizer)
-    kept = [number for number, prompt in enumerate(encoded) if _has_room(prompt, max_prompt_len, outcome)]
+    encoder = TextEncoder(tokenizer, outcome)
+    encoded = encoder.plain([example.prompt for example in examples])
+    for example in examples:
+        encoder.note_spelled(example.prompt)
+    kept = [
+        number for number, prompt in enumerate(encoded) if _is_usable(examples[number], prompt, max_prompt_len, outcome)
+    ]
     _require_some(outcome, f"at most {max_prompt_len} tokens for a prompt")
     return EncodedPrompts(
         TokenRows([encoded[number] for number in kept]),
@@ -349,11 +324,19 @@ def encode_prompts(
     )
 
 
-def _has_room(prompt: list[int], limit: int, outcome: Outcome) -> bool:
-    """Return whether a prompt can be used, and count it if not."""
-    outcome.without_prompt += not prompt
-    outcome.too_long += len(prompt) > limit
-    return 0 < len(prompt) <= limit
+def _is_usable(
+    example: SftExample | PreferenceExample | PromptExample, prompt: list[int], limit: int, outcome: Outcome
+) -> bool:
+    """Return whether an example can be used, and count it if not."""
+    if not prompt:
+        outcome.without_prompt += 1
+    elif len(prompt) > limit:
+        outcome.too_long += 1
+    elif lacks_answer(example):
+        outcome.without_answer += 1
+    else:
+        return True
+    return False
 
 
 def _require_some(outcome: Outcome, limit: str) -> None:
@@ -367,23 +350,3 @@ def _require_some(outcome: Outcome, limit: str) -> None:
 def _pad_id(tokenizer: "PreTrainedTokenizerFast") -> int:
     padding = tokenizer.pad_token_id
     return padding if isinstance(padding, int) else end_of_text_id(tokenizer)
-
-
-def _prompt_ids(examples: Sequence[SftExample], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
-    """Encode prompts; in those that a chat template rendered, special tokens are meant as such."""
-    plain = [example.prompt for example in examples if isinstance(example, AnswerExample)]
-    chats = [render_chat(example, tokenizer) for example in examples if isinstance(example, ChatExample)]
-    plain_ids, chat_ids = iter(_text_ids(plain, tokenizer)), iter(_text_ids(chats, tokenizer, with_special=True))
-    return [next(plain_ids if isinstance(example, AnswerExample) else chat_ids) for example in examples]
-
-
-def _text_ids(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerFast", *, with_special: bool = False
-) -> list[list[int]]:
-    """Encode texts; special tokens spelled out in them are text, unless `with_special`: no text can forge its end."""
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), _BATCH):
-        batch = list(texts[start : start + _BATCH])
-        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=not with_special, verbose=False)
-        ids.extend(encoded["input_ids"])
-    return ids

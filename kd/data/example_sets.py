@@ -8,12 +8,12 @@ from kd.config import (
     PreferencesDataConfig,
     StdlibDataConfig,
 )
-from kd.data.corpora import Corpus, read_corpus
+from kd.data.corpora import TRAIN, Corpus, read_corpus
 from kd.data.embedded.arithmetic import arithmetic_answers, arithmetic_prompts
 from kd.data.embedded.instructions import instruction_examples
 from kd.data.embedded.mixture import mix_answers
 from kd.data.embedded.preferences import preference_examples
-from kd.data.example_files import read_answers, read_preferences, read_prompts
+from kd.data.example_files import AnswerCheck, read_answers, read_preferences, read_prompts
 from kd.data.examples import ExampleSet, PreferenceExample, PromptExample, SftExample
 from kd.errors import ConfigError
 
@@ -32,7 +32,8 @@ def answer_set(config: ExampleConfig) -> ExampleSet[SftExample]:
     if isinstance(config, ArithmeticDataConfig):
         return arithmetic_answers(_additions(config))
     if isinstance(config, ExampleFilesConfig):
-        return read_answers(config.path, config.val_ratio, config.test_ratio)
+        ratios = config.val_ratio, config.test_ratio
+        return read_answers(config.path, *ratios, val_path=config.val_path, test_path=config.test_path)
     raise _no_such_form(config, "prompts with responses")
 
 
@@ -41,16 +42,32 @@ def preference_set(config: ExampleConfig) -> ExampleSet[PreferenceExample]:
     if isinstance(config, PreferencesDataConfig):
         return preference_examples(instruction_examples(_stdlib(config), config.max_chars))
     if isinstance(config, ExampleFilesConfig):
-        return read_preferences(config.path, config.val_ratio, config.test_ratio)
+        ratios = config.val_ratio, config.test_ratio
+        return read_preferences(config.path, *ratios, val_path=config.val_path, test_path=config.test_path)
     raise _no_such_form(config, "pairs of answers")
 
 
-def prompt_set(config: ExampleConfig) -> ExampleSet[PromptExample]:
-    """Return prompts with reference answers, for GRPO; errors as for `answer_set`."""
+def prompt_set(config: ExampleConfig, check_answer: AnswerCheck | None = None) -> ExampleSet[PromptExample]:
+    """Return prompts with reference answers, for GRPO; errors as for `answer_set`.
+
+    Args:
+        config: Names the examples.
+        check_answer: Raises DataError for an answer that the reward cannot compare with.
+    """
     if isinstance(config, ArithmeticDataConfig):
-        return _additions(config)
+        additions = _additions(config)
+        if check_answer is not None:
+            check_answer(additions.part(TRAIN)[0].answer)  # all are written alike
+        return additions
     if isinstance(config, ExampleFilesConfig):
-        return read_prompts(config.path, config.val_ratio, config.test_ratio)
+        return read_prompts(
+            config.path,
+            config.val_ratio,
+            config.test_ratio,
+            val_path=config.val_path,
+            test_path=config.test_path,
+            check_answer=check_answer,
+        )
     raise _no_such_form(config, "prompts with reference answers")
 
 

@@ -1,6 +1,7 @@
 """Typed examples for SFT, preference and GRPO training, in parts that no prompt straddles; no torch here."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,10 @@ from kd.data.corpora import TEST, TRAIN, VALIDATION, split_groups
 from kd.data.sources.base import name_rank
 from kd.errors import ConfigError, DataError
 from kd.files import canonical_json
+
+log = logging.getLogger("kd")
+
+_ENCODING = b"encoding 2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ class ExampleSet(Generic[E_co]):
         if name not in self.parts:
             raise DataError(
                 f"{self.description} has no part {name!r}, only {', '.join(self.parts)}. A test part needs "
-                "data.test_ratio above 0."
+                "data.test_ratio above 0, or data.test_path."
             )
         return self.parts[name]
 
@@ -134,6 +139,14 @@ class ExampleSet(Generic[E_co]):
         self.part(name)
         names = list(self.parts)
         return sum(len(self.parts[earlier]) for earlier in names[: names.index(name)])
+
+
+def lacks_answer(example: Example) -> bool:
+    """Return whether there is nothing to learn: a blank response, or a blank answer to prefer."""
+    if isinstance(example, PromptExample):  # a reference, which may be empty
+        return False
+    answer = example.chosen if isinstance(example, PreferenceExample) else example.response
+    return not answer.strip()
 
 
 def content_of(example: Example) -> str:
@@ -160,7 +173,14 @@ def held_out_ratios(val_ratio: float, test_ratio: float) -> dict[str, float]:
     return {VALIDATION: val_ratio} | ({TEST: test_ratio} if test_ratio > 0 else {})
 
 
-def split_examples(description: str, examples: Sequence[E], val_ratio: float, test_ratio: float = 0.0) -> ExampleSet[E]:
+def split_examples(
+    description: str,
+    examples: Sequence[E],
+    val_ratio: float,
+    test_ratio: float = 0.0,
+    *,
+    separate: Mapping[str, Sequence[E]] | None = None,
+) -> ExampleSet[E]:
     """Split examples by their prompts' content: examples of equal prompts are in one part, whatever their order.
 
     Args:
@@ -168,12 +188,21 @@ def split_examples(description: str, examples: Sequence[E], val_ratio: float, te
         examples: In any order.
         val_ratio: Share of the examples for validation, in (0, 1).
         test_ratio: Share of the examples for the test part, in [0, 1).
+        separate: Held-out parts that are given; their ratios do not count then.
 
     Raises:
         ConfigError: if a ratio is out of range.
-        DataError: if there are fewer different prompts than parts.
+        DataError: if there are fewer different prompts than parts, or a given part is empty.
     """
-    parts = split_by_group(description, examples, lambda example: example.group, val_ratio, test_ratio)
+    separate = separate or {}
+    ratios = {part: ratio for part, ratio in held_out_ratios(val_ratio, test_ratio).items() if part not in separate}
+    found = _split(description, examples, lambda example: example.group, ratios)
+    for part, given in separate.items():
+        if not given:
+            raise DataError(f"The {part} part of {description} has no example. Give other files for it.")
+        found[part] = in_fixed_order(given)
+    parts = {part: found[part] for part in (TRAIN, VALIDATION, TEST) if part in found}
+    _warn_of_repeated(description, parts)
     return ExampleSet(description, _fingerprint(parts), lambda: parts)
 
 
@@ -186,18 +215,40 @@ def split_by_group(
         ConfigError: if a ratio is out of range.
         DataError: if there are fewer groups than parts.
     """
-    ratios = held_out_ratios(val_ratio, test_ratio)
+    return _split(description, examples, group_of, held_out_ratios(val_ratio, test_ratio))
+
+
+def _split(
+    description: str, examples: Sequence[E], group_of: Callable[[E], str], ratios: Mapping[str, float]
+) -> dict[str, list[E]]:
     parts: dict[str, list[E]] = {part: [] for part in (TRAIN, *ratios)}
     sizes = Counter(map(group_of, examples))
     if len(sizes) < len(parts):
+        without_test = ", or set data.test_ratio=0 to do without a test part" if TEST in ratios else ""
         raise DataError(
             f"{description} has {len(sizes)} different prompt(s), and {len(parts)} parts ({', '.join(parts)}) need at "
-            "least one each. Give more examples, or set data.test_ratio=0."
+            "least one each: examples of one prompt stay together. Give examples with other prompts, or files of their "
+            f"own for the parts (data.val_path, data.test_path){without_test}."
         )
     part_of = split_groups(sizes, ratios, description)
     for example in in_fixed_order(examples):
         parts[part_of[group_of(example)]].append(example)
     return parts
+
+
+def _warn_of_repeated(description: str, parts: Mapping[str, Sequence[Example]]) -> None:
+    """Warn if prompts of a held-out part are also trained on, as they can be where it was given."""
+    trained = {example.group for example in parts[TRAIN]}
+    for part, examples in parts.items():
+        repeated = 0 if part == TRAIN else sum(example.group in trained for example in examples)
+        if repeated:
+            log.warning(
+                "%s: %d of %d %s examples have a prompt that is also trained on. Remove repeated prompts",
+                description,
+                repeated,
+                len(examples),
+                part,
+            )
 
 
 def _fingerprint(parts: Mapping[str, Sequence[Example]]) -> str:
@@ -206,4 +257,13 @@ def _fingerprint(parts: Mapping[str, Sequence[Example]]) -> str:
         digest.update(f"{part}:{len(examples)}:".encode())
         for example in examples:
             digest.update(hashlib.sha256(content_of(example).encode()).digest())
+            digest.update(_encoding_mark(example))
     return digest.hexdigest()
+
+
+def _encoding_mark(example: Example) -> bytes:
+    """Return what tells an example from the same one of before its encoding changed; of most it never did.
+
+    A chat is learned with its turn's end, and an example without an answer is left out.
+    """
+    return _ENCODING if isinstance(example, ChatExample) or lacks_answer(example) else b""

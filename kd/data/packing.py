@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from kd.data.corpora import TEST, TRAIN, VALIDATION, Corpus
+from kd.data.special_tokens import special_pattern, spelled_warning, unknown_id, unknown_warning
 from kd.data.tokenizers import end_of_text_id, num_token_ids
 from kd.errors import DataError, IntegrityError
 from kd.files import read_json, write_json
@@ -40,6 +42,18 @@ class PartMeta:
     bytes: int
     """Of the part's text in UTF-8."""
     documents: int
+    unknown: int | None = None
+    """Tokens that stand for text which the vocabulary lacks; None: not counted, by an earlier version."""
+    spelled: int | None = None
+    """Documents that spell a special token, which is plain characters there; None: not counted."""
+
+    def warnings(self) -> list[str]:
+        """Return what should be known before anything is trained on the part."""
+        found = (
+            unknown_warning(self.unknown or 0, self.tokens),
+            spelled_warning(self.spelled or 0, self.documents, "documents"),
+        )
+        return [warning for warning in found if warning is not None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,7 @@ def pack_corpus(work: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast"
 def _pack_parts(work: Path, folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast", seq_len: int) -> None:
     vocab_size = num_token_ids(tokenizer)
     dtype = token_dtype(vocab_size)
-    shards = _tokenize_parts(folder, corpus, tokenizer, dtype)
+    shards, spelled = _tokenize_parts(folder, corpus, tokenizer, dtype)
     lengths = {part: _document_lengths(files) for part, files in shards.items()}
     try:
         _require_one_block(lengths, corpus, seq_len)
@@ -107,19 +121,27 @@ def _pack_parts(work: Path, folder: Path, corpus: Corpus, tokenizer: "PreTrained
         # Nobody will come back for shards that are too short.
         shutil.rmtree(work)
         raise
-    parts = {}
+    parts, unknown = {}, unknown_id(tokenizer)
     for part, files in shards.items():
-        _write_part(work, part, files, lengths[part], seq_len, dtype)
+        tokens = _write_part(work, part, files, lengths[part], seq_len, dtype)
         total = int(lengths[part].sum())
-        parts[part] = PartMeta(total, (total - 1) // seq_len, corpus.num_bytes(part), len(lengths[part]))
+        parts[part] = PartMeta(
+            tokens=total,
+            blocks=(total - 1) // seq_len,
+            bytes=corpus.num_bytes(part),
+            documents=len(lengths[part]),
+            unknown=0 if unknown is None else int(np.count_nonzero(tokens == unknown)),
+            spelled=spelled[part],
+        )
     write_json(work / META_FILE, asdict(StoreMeta(seq_len, vocab_size, dtype, parts)))
 
 
 def _tokenize_parts(
     folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast", dtype: str
-) -> dict[str, list[Path]]:
-    """Write the shards that are missing; return all of them by part, in order."""
+) -> tuple[dict[str, list[Path]], Counter[str]]:
+    """Write the shards that are missing; return all, in order, and how many texts spell a special token, by part."""
     folder.mkdir(exist_ok=True)
+    special, spelled = special_pattern(tokenizer), Counter[str]()
     total = sum(corpus.num_bytes(part) for part in corpus.part_names)
     shards: dict[str, list[Path]] = {part: [] for part in corpus.part_names}
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as progress:
@@ -128,8 +150,9 @@ def _tokenize_parts(
                 files.append(folder / f"{part}-{index:05d}.npz")
                 if not files[-1].exists():
                     _write_shard(files[-1], texts, tokenizer, dtype)
+                spelled[part] += sum(special.search(text) is not None for text in texts)
                 progress.update(sum(len(text.encode()) for text in texts))
-    return shards
+    return shards, spelled
 
 
 def batch_by_bytes(texts: Iterable[str], limit: int) -> Iterator[list[str]]:
@@ -189,16 +212,18 @@ def _require_one_block(lengths: dict[str, npt.NDArray[np.int64]], corpus: Corpus
 
 def _write_part(
     work: Path, part: str, shards: list[Path], lengths: npt.NDArray[np.int64], seq_len: int, dtype: str
-) -> None:
-    """Write one part's tokens, and each block's document and digest."""
+) -> Tokens:
+    """Write one part's tokens, and each block's document and digest; return the tokens, mapped into memory."""
     path = work / f"{part}.bin"
     with path.open("wb") as file:
         for shard in shards:
             file.write(_read_shard(shard, "tokens").astype(dtype).tobytes())
-    windows = block_windows(np.memmap(path, dtype=dtype, mode="r"), seq_len)
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    windows = block_windows(tokens, seq_len)
     chunks = range(0, len(windows), _DIGEST_ROWS)
     digests = np.concatenate([block_digests(windows[start : start + _DIGEST_ROWS]) for start in chunks])
     first_targets = np.arange(len(windows), dtype=np.int64) * seq_len + 1
     documents = np.searchsorted(np.cumsum(lengths), first_targets, side="right")
     np.save(work / f"{part}.digests.npy", digests)
     np.save(work / f"{part}.documents.npy", documents.astype(np.int64))
+    return tokens

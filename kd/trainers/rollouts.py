@@ -103,11 +103,12 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _texts(rollout: Batch, generator: TextGenerator) -> list[str]:
-    """Return the texts of responses, without padding and end-of-text tokens."""
-    end = generator.tokenizer.eos_token_id
+    """Return the texts of responses, without padding and the tokens that end a text."""
+    ends = generator.end_ids
     rows = zip(rollout["responses"].tolist(), mask_of(rollout, "responses").tolist(), strict=True)
     return [
-        generator.decode([token for token, real in zip(*row, strict=True) if real and token != end]) for row in rows
+        generator.decode([token for token, real in zip(*row, strict=True) if real and token not in ends])
+        for row in rows
     ]
 
 

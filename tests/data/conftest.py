@@ -34,6 +34,17 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 @pytest.fixture(scope="session")
+def word_tokenizer() -> "PreTrainedTokenizerFast":
+    """A tokenizer that knows the word "one" alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1, "one": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
 def make_corpus() -> MakeCorpus:
     """Return a function that makes a corpus of given texts by part."""
 

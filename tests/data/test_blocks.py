@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import kd.data.packing
 from kd.data import PackedBlocks, build_blocks, end_of_text_id, find_blocks, tokenizer_object_fingerprint
+from kd.data.packing import StoreMeta
 from kd.errors import DataError, IntegrityError
 
 from .conftest import MakeCorpus
@@ -253,3 +254,39 @@ def test_packed_blocks_are_found_without_a_tokenizer(
     assert find_blocks(corpus, "bytes", 16) == directory
     assert find_blocks(corpus, "bytes", 17) is None
     assert find_blocks(corpus, "others", 16) is None
+
+
+def test_unknown_tokens_and_spelled_special_ones_are_counted(
+    make_corpus: MakeCorpus, word_tokenizer: "PreTrainedTokenizerFast", caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = make_corpus({"train": ["one x y z", "one one <end>"], "validation": ["one one one", "one"]})
+    directory = build_blocks(corpus, word_tokenizer, "words", 2)
+    for _ in range(2):  # also of a store that is there already
+        caplog.clear()
+        PackedBlocks(directory, "train")
+        unknown, spelled = (record.getMessage() for record in caplog.records)
+        assert unknown.startswith("Train: 54.5 % of the tokens are the tokenizer's unknown one")
+        assert spelled.startswith("Train: 1 of 2 documents spell a special token")
+        caplog.clear()
+        PackedBlocks(directory, "validation")
+        assert not caplog.records
+
+
+def test_a_store_of_before_these_were_counted_is_read(
+    make_corpus: MakeCorpus, byte_tokenizer: "PreTrainedTokenizerFast", tmp_path: Path
+) -> None:
+    directory = build_blocks(make_corpus({"train": ["abc"], "validation": ["def"]}), byte_tokenizer, "bytes", 2)
+    meta = json.loads((directory / "meta.json").read_text())
+    for part in meta["parts"].values():
+        del part["unknown"], part["spelled"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert StoreMeta.read(tmp_path).parts["train"].unknown is None
+    assert StoreMeta.read(tmp_path).parts["train"].warnings() == []
+
+
+def test_each_part_holds_its_own_text(make_corpus: MakeCorpus, byte_tokenizer: "PreTrainedTokenizerFast") -> None:
+    texts = {"train": "a" * 40, "validation": "b" * 40, "test": "c" * 40}
+    directory = build_blocks(make_corpus({part: [text] for part, text in texts.items()}), byte_tokenizer, "bytes", 8)
+    for part, text in texts.items():
+        blocks = PackedBlocks(directory, part)
+        assert byte_tokenizer.decode(blocks[0]["input_ids"].tolist()) == text[:8]

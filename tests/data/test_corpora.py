@@ -1,7 +1,10 @@
 """Corpora: sources, the draw, the split, and identity by content."""
 
+import gzip
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,16 +139,82 @@ def test_blank_documents_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     assert read_corpus(_text_config(folder)).fingerprint == before
 
 
+@pytest.mark.parametrize(
+    ("separator", "text", "documents"),
+    [
+        (r"\n\n", "a\nb\n\nc\n\nd", ["a\nb", "c", "d"]),
+        ("\n\n", "a\r\nb\r\n\r\nc\r\n\r\nd", ["a\r\nb", "c", "d"]),
+        (r"\r\n\r\n", "a\nb\n\nc\n\nd", ["a\nb", "c", "d"]),
+        (r"\n---\n", "a\r\n---\r\nb\n---\nc", ["a", "b", "c"]),
+        (r"\t", "a\tb\\tc", ["a", "b\\tc"]),
+        (r"\\t", "a\tb\\tc", ["a\tb", "c"]),
+        (r"\q.", r"a\q.b\qc", ["a", r"b\qc"]),
+    ],
+)
+def test_a_separator_may_be_escaped_and_cuts_at_any_line_end(
+    separator: str, text: str, documents: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    corpus = read_corpus(_text_config(tmp_path / "a.txt", document_separator=separator))
+    assert sorted(text for part in _all_texts(corpus).values() for text in part) == documents
+
+
+def test_a_text_of_one_document_is_told_how_to_cut_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\r\n\r\nthree")
+    with pytest.raises(DataError) as caught:
+        read_corpus(_text_config(tmp_path / "a.txt", test_ratio=0.1))
+    (advice,) = re.findall(r"'data.document_separator=\"(.*?)\"'", str(caught.value))
+    assert "data.test_ratio=0" in str(caught.value)
+    corpus = read_corpus(_text_config(tmp_path / "a.txt", document_separator=advice, test_ratio=0.1))
+    assert [corpus.num_documents(part) for part in corpus.part_names] == [1, 1, 1]
+
+
+def test_what_the_sample_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"row {index:04}" if index % 10 else " "} for index in range(2000)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level(logging.INFO):
+        read_corpus(_text_config(path, sample_size=8000))
+    blank, taken = (record.getMessage() for record in caplog.records)
+    assert blank == f"data.path={path}: 200 of 2,000 documents are blank and left out"
+    assert "1,000 of 2,000 documents are used" in taken
+    assert "data.sample_size=8000" in taken
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        read_corpus(_text_config(path))
+    assert [record.getMessage() for record in caplog.records] == [blank]
+
+
+def test_held_out_documents_that_are_trained_on_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index in range(40):
+        (tmp_path / f"{index}.txt").write_text(f"the same text {index % 2}")
+    read_corpus(_text_config(tmp_path, val_ratio=0.25))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "10 of 10 validation documents also stand in the training part" in warning
+
+
+def test_a_line_that_any_corpus_repeats_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    read_corpus(StdlibDataConfig(sample_size=None, test_ratio=0.1))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 BAD_FILES = {
     "not utf-8": ("a.txt", b"good \xff bad", r"a\.txt is not UTF-8 at byte 5"),
     "broken line": ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON"),
     "deep line": ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, r"a\.jsonl, line 2 is not JSON"),
-    "no object": ("a.jsonl", b'["x"]\n', r"line 1 is not a JSON object"),
+    "no object": ("a.jsonl", b'["x"]\n', r"line 1 is a list, not a JSON object"),
     "no column": ("a.jsonl", b'{"body": "x", "id": 3}\n', r"data\.text_column=text is not in .*body, id"),
     "number": ("a.jsonl", b'{"text": 3}\n', r"data\.text_column=text holds a int in .*line 1"),
     "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1 is not valid Unicode"),
     "not parquet": ("a.parquet", b"PAR1 no", r"a\.parquet cannot be read as Parquet"),
-    "other type": ("a.csv", b"text\nx\n", r"data\.path=.*a\.csv is a \.csv.*\.jsonl"),
+    "other type": ("a.zst", b"text", r"data\.path=.*a\.zst is a \.zst.*\.jsonl"),
+    "short csv line": ("a.csv", b"text,id\nx,1\ny\n", r"a\.csv, line 3 has 1 fields, and the header 2"),
+    "open csv quote": ("a.csv", b'text\n"x\n', r"a\.csv cannot be read as CSV"),
+    "csv not utf-8": ("a.csv", b"text\n\xff\n", r"a\.csv cannot be read as CSV"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9], r"a\.jsonl\.gz cannot be read"),
+    "no gzip": ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz cannot be read"),
+    "pretty json": ("a.json", b'{\n "text": "x"\n}', r"a\.json, line 1 is not JSON"),
+    "list of texts": ("a.json", b'["x"]', r"a\.json, row 1 is a str, not a JSON object"),
     "empty": ("a.txt", b" \n", r"holds no text"),
     "one document": ("a.txt", b"all there is", r"1 separate document.*data\.document_separator"),
 }
@@ -193,7 +262,8 @@ def test_any_split_is_complete_and_keeps_to_its_shares(sizes: dict[str, int], va
         assert len(members) == 1 or sum(members) <= ratio * sum(sizes.values())
 
 
-def test_rows_of_a_hub_data_set(hub_directory: Path) -> None:
+def test_rows_of_a_hub_data_set(hub_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kd")
     corpus = read_corpus(HubDataConfig(path=str(hub_directory), name="20231101.zh", sample_size=None))
     texts = _all_texts(corpus)
     everything = texts["train"] + texts["validation"]
@@ -207,6 +277,8 @@ def test_rows_of_a_hub_data_set(hub_directory: Path) -> None:
     sample = read_corpus(HubDataConfig(path=str(hub_directory), name="20231101.zh", sample_size=2000))
     total = sum(sample.num_bytes(part) for part in sample.part_names)
     assert 2000 <= total < 2000 + max(document.num_bytes for document in corpus.source.documents)
+    taken = len(sample.source.documents)
+    assert f"{taken} of 40 documents are used" in caplog.text
 
 
 @pytest.mark.parametrize(

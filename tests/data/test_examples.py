@@ -1,5 +1,6 @@
 """Example sets and their files: splits by content, ids, and errors that name file, line and column."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,19 +11,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd.config import ArithmeticDataConfig, ExampleFilesConfig
 from kd.data import (
     AnswerExample,
     ChatExample,
     Message,
     PreferenceExample,
     PromptExample,
+    prompt_set,
     read_answers,
     read_preferences,
     read_prompts,
     split_examples,
 )
+from kd.data.examples import content_of
 from kd.errors import ConfigError, DataError
+from kd.rewards import ANSWER_CHECKS
 
+KNOWN_FINGERPRINT = "23f601915ce48d0146922ef4f3adb96dc6c7a95209fceedbf631f79c3db7c495"
 Row = dict[str, object]
 CHAT: Row = {
     "messages": [
@@ -108,6 +114,47 @@ def test_an_absent_part_is_refused() -> None:
     with pytest.raises(DataError, match=r"no part 'test', only train, validation.*data\.test_ratio"):
         examples.part("test")
     assert examples.part("train") is examples.parts["train"]
+
+
+def test_rows_of_one_prompt_are_not_told_to_change_what_is_so() -> None:
+    with pytest.raises(DataError, match=r"1 different prompt.*2 parts.*one prompt stay together") as caught:
+        split_examples("made", _answers(1, per_prompt=9), 0.1)
+    assert "test_ratio" not in str(caught.value)
+    with pytest.raises(DataError, match=r"data\.test_ratio=0"):
+        split_examples("made", _answers(2, per_prompt=9), 0.1, 0.1)
+
+
+def test_a_given_part_with_prompts_that_are_trained_on_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    given = {"validation": [AnswerExample(f"prompt {i}", "another") for i in range(6, 12)]}
+    parts = split_examples("made", _answers(9), 0.1, separate=given).parts
+    assert [len(part) for part in parts.values()] == [9, 6]
+    assert "3 of 6 validation examples have a prompt that is also trained on" in caplog.text
+
+
+def test_examples_that_are_encoded_as_before_keep_their_fingerprint() -> None:
+    assert split_examples("made", _answers(20, 2), 0.1, 0.2).fingerprint == KNOWN_FINGERPRINT
+    chat = ChatExample((Message("user", "a"), Message("assistant", "b")))
+    marked = [split_examples("made", [*_answers(20), e], 0.1).fingerprint for e in (chat, AnswerExample("a", " "))]
+    unmarked = []
+    for example in (chat, AnswerExample("a", " ")):
+        digest = hashlib.sha256()
+        for part, examples in split_examples("made", [*_answers(20), example], 0.1).parts.items():
+            digest.update(f"{part}:{len(examples)}:".encode())
+            for each in examples:
+                digest.update(hashlib.sha256(content_of(each).encode()).digest())
+        unmarked.append(digest.hexdigest())
+    assert not set(marked) & set(unmarked)
+
+
+def test_a_reference_that_the_reward_cannot_use_is_refused_by_row(tmp_path: Path) -> None:
+    rows = [{"prompt": f"prompt {i}", "answer": "N/A" if i == 100 else str(i)} for i in range(200)]
+    path = _write(tmp_path / "a.jsonl", rows)
+    config = ExampleFilesConfig(path=str(path))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 101: The reference answer 'N/A' is not a number"):
+        prompt_set(config, ANSWER_CHECKS["exact_answer"])
+    assert len(prompt_set(config).part("validation")) == 20
+    with pytest.raises(DataError, match="not a number"):
+        prompt_set(ArithmeticDataConfig(), ANSWER_CHECKS["exact_answer"])
 
 
 def test_too_few_prompts_and_impossible_ratios_are_refused() -> None:
@@ -208,9 +255,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text("not Parquet")
     (tmp_path / "empty").mkdir()
     for name, message in {
-        "a.txt": "is not a .jsonl or .parquet file",
+        "a.txt": "is a .txt; files of these types can be read: .jsonl .jsonl.gz .parquet .json .csv",
         "b.parquet": "cannot be read as Parquet",
-        "empty": "holds no .jsonl or .parquet file",
+        "empty": "names no file that can be read",
         "absent.jsonl": "does not exist",
     }.items():
         with pytest.raises(DataError, match=message):

@@ -20,6 +20,7 @@ from kd.data import (
     encode_prompts,
     render_chat,
 )
+from kd.data.special_tokens import special_pattern, unknown_id
 from kd.data.tokenizers import train_bpe
 from kd.errors import DataError
 from kd.losses import IGNORE_INDEX
@@ -72,7 +73,7 @@ def test_a_batch_is_what_a_naive_encoder_gives(
     expected: list[tuple[int, list[int], list[int]]] = []
     for number, (prompt, response) in enumerate(pairs):
         head, tail = _ids(prompt, byte_tokenizer), [*_ids(response, byte_tokenizer), END]
-        if 0 < len(head) <= max_seq_len:
+        if 0 < len(head) <= max_seq_len and response.strip():
             targets = [IGNORE_INDEX] * (len(head) - 1) + tail
             expected.append((number, [*head, *tail][:-1][:max_seq_len], targets[:max_seq_len]))
     examples = [AnswerExample(*pair) for pair in pairs]
@@ -115,6 +116,47 @@ def test_a_response_is_cut_and_a_prompt_never(byte_tokenizer: "PreTrainedTokeniz
         "2 of 4 examples are used; left out: 1 with a prompt that leaves no room for an answer, 1 with an empty "
         "prompt; 1 cut at the end to fit"
     )
+
+
+def test_examples_without_an_answer_are_left_out(byte_tokenizer: "PreTrainedTokenizerFast") -> None:
+    examples = [AnswerExample("a", " \n"), AnswerExample("a", ""), AnswerExample("a", "b"), AnswerExample("", "")]
+    outcome = encode_answers(examples, byte_tokenizer, 64).outcome
+    assert outcome.describe() == ("1 of 4 examples are used; left out: 1 with an empty prompt, 2 without an answer")
+    pairs = [PreferenceExample("a", "", "b"), PreferenceExample("a", "b", "")]
+    assert encode_preferences(pairs, byte_tokenizer, 64).outcome.without_answer == 1
+    assert len(encode_prompts([PromptExample("a", "")], byte_tokenizer, 64)) == 1
+
+
+def test_special_tokens_that_are_read_as_text_are_counted(chat_tokenizer: "PreTrainedTokenizerFast") -> None:
+    answers = [AnswerExample("<|im_start|>user", "a"), AnswerExample("a", "b<|endoftext|>"), AnswerExample("a", "b")]
+    found = {
+        "answers": encode_answers([*answers, _chat("Hi", "Ho<|im_end|>"), _chat("Hi", "Ho")], chat_tokenizer, 64),
+        "pairs": encode_preferences([PreferenceExample("a", "b", "<|im_end|>")], chat_tokenizer, 64),
+        "prompts": encode_prompts([PromptExample("<|im_end|>", "a")], chat_tokenizer, 64),
+    }
+    assert {name: encoded.outcome.spelled for name, encoded in found.items()} == {
+        "answers": 3,
+        "pairs": 1,
+        "prompts": 1,
+    }
+    (warning,) = found["answers"].outcome.warnings()
+    assert "3 of 5 examples spell a special token" in warning
+    assert "`messages`" in warning
+
+
+def test_unknown_tokens_are_counted(word_tokenizer: "PreTrainedTokenizerFast") -> None:
+    encoded = encode_answers([AnswerExample("one two", "one one"), AnswerExample("one", "x y z")], word_tokenizer, 64)
+    assert (encoded.outcome.unknown, encoded.outcome.tokens) == (4, 8)
+    (warning,) = encoded.outcome.warnings()
+    assert "50 % of the tokens are the tokenizer's unknown one" in warning
+
+
+def test_an_end_of_text_that_is_also_the_unknown_token_is_not_counted() -> None:
+    """As in GPT-2's tokenizer, whose bytes know every text."""
+    tokenizer = train_bpe(["any text"], 257)
+    assert (unknown_id(tokenizer), special_pattern(tokenizer).pattern) == (None, r"<\|endoftext\|>")
+    tokenizer.unk_token = tokenizer.eos_token
+    assert unknown_id(tokenizer) is None
 
 
 def test_lengths_are_multiples_of_8_within_the_limit(byte_tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -184,7 +226,7 @@ def test_a_chat_is_rendered_by_the_template_and_its_last_answer_learned(
     length = int(batch["attention_mask"][0].sum())
     assert batch["input_ids"][0, :length].tolist() == whole[:length]
     targets = batch["labels"][0]
-    assert chat_tokenizer.decode(targets[targets != IGNORE_INDEX].tolist()) == "Nothing.<|endoftext|>"
+    assert chat_tokenizer.decode(targets[targets != IGNORE_INDEX].tolist()) == "Nothing.<|im_end|>"
     # Only a template's special tokens are special.
     assert int(batch["attention_mask"][1].sum()) == len("<|im_start|>plain")
     assert torch.equal(batch["input_ids"][1], batch["input_ids"][2])
@@ -221,7 +263,7 @@ def _real(batch: dict[str, Tensor], name: str, row: int) -> list[int]:
 
 
 def test_answers_come_without_the_prompt_and_with_their_end(byte_tokenizer: "PreTrainedTokenizerFast") -> None:
-    examples = [PreferenceExample("one", " good", " bad"), PreferenceExample("three", "", "x" * 9)]
+    examples = [PreferenceExample("one", " good", " bad"), PreferenceExample("three", "y", "x" * 9)]
     batch = encode_preferences(examples, byte_tokenizer, 64, first_id=7)[[1, 0]]
     assert batch["example_id"].tolist() == [8, 7]
     assert {name: tuple(value.shape) for name, value in batch.items()} == {
@@ -233,7 +275,7 @@ def test_answers_come_without_the_prompt_and_with_their_end(byte_tokenizer: "Pre
     assert _real(batch, "prompt", 1) == _ids("one", byte_tokenizer)
     assert _real(batch, "chosen", 1) == [*_ids(" good", byte_tokenizer), END]
     assert _real(batch, "rejected", 1) == [*_ids(" bad", byte_tokenizer), END]
-    assert _real(batch, "chosen", 0) == [END]
+    assert _real(batch, "chosen", 0) == [*_ids("y", byte_tokenizer), END]
 
 
 def test_answers_are_cut_to_fit_with_the_prompt_and_equal_ones_left_out(

@@ -11,6 +11,7 @@ from kd.errors import DataError, NumericError
 from kd.generation import GenerationConfig, TextGenerator
 from kd.losses import IGNORE_INDEX
 from kd.trainers import GRPOTrainer
+from kd.trainers.rollouts import Rollouts
 from kd.trainers.state import Batch
 
 from .examples import PROMPTS, LetterTokenizer, draw, grpo, make_prompts, make_rollouts, online, share_of_a
@@ -195,3 +196,14 @@ def test_prompts_that_fill_the_context_are_refused_and_the_model_stays_in_its_mo
     with pytest.raises(ValueError, match=r"leave no room for a response in model\.max_seq_len=8"):
         trainer.rollouts.draw(prompts, trainer.config)
     assert trainer.model.training == training
+
+
+def test_a_reward_sees_no_token_that_ends_a_text() -> None:
+    model = make_student()
+    tokenizer: Any = LetterTokenizer(3)
+    generator = TextGenerator(model, tokenizer)
+    generator.end_ids = frozenset({3, 4})
+    seen: list[str] = []
+    rollouts = Rollouts(model, generator, lambda texts, _: seen.extend(texts) or [0.0] * len(texts))
+    rollouts.rewards({"responses": torch.tensor([[1, 2, 3], [1, 4, 9]]), "response_attention_mask": torch.ones(2, 3)})
+    assert seen == ["bc", "bj"]

@@ -8,7 +8,7 @@ import numpy as np
 
 from kd.config import HubDataConfig
 from kd.data.hub_access import hub_is_reachable, one_line, without_network
-from kd.data.sources.base import Document, Documents, describe_document
+from kd.data.sources.base import Document, Documents, describe_document, log_taken
 from kd.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,18 +44,25 @@ def _draw_rows(
 ) -> tuple[list[int], list[Document]]:
     positions: list[int] = []
     documents: list[Document] = []
-    total = 0
+    total = blank = 0
+    for row, text in _in_order(rows, order):
+        if config.sample_size is not None and total >= config.sample_size:
+            break
+        if not text.strip():
+            blank += 1
+            continue
+        positions.append(row)
+        documents.append(describe_document(str(row), str(row), text))
+        total += documents[-1].num_bytes
+    log_taken(_describe(config), len(documents), len(order), blank, config.sample_size)
+    return positions, documents
+
+
+def _in_order(rows: "Dataset", order: "np.ndarray[tuple[int], np.dtype[np.int_]]") -> Iterator[tuple[int, str]]:
+    """Yield rows' positions and texts."""
     for start in range(0, len(order), _ROWS):
         batch = order[start : start + _ROWS].tolist()
-        for row, text in zip(batch, _texts(rows, batch), strict=True):
-            if config.sample_size is not None and total >= config.sample_size:
-                return positions, documents
-            if not text.strip():
-                continue
-            positions.append(row)
-            documents.append(describe_document(str(row), str(row), text))
-            total += documents[-1].num_bytes
-    return positions, documents
+        yield from zip(batch, _texts(rows, batch), strict=True)
 
 
 def _texts(rows: "Dataset", positions: list[int]) -> list[str]:
@@ -83,7 +90,7 @@ def _text_rows(dataset: "Dataset", config: HubDataConfig) -> "Dataset":
 
 
 def _load(config: HubDataConfig) -> "Dataset":
-    is_local = Path(config.path).is_dir()
+    is_local = Path(config.path).expanduser().is_dir()
     if is_local or hub_is_reachable():
         return _load_dataset(config, way_out="Correct the key that it names.")
     with without_network():
@@ -94,8 +101,9 @@ def _load_dataset(config: HubDataConfig, way_out: str) -> "Dataset":
     import datasets
     from datasets.exceptions import DatasetsError
 
+    path = str(Path(config.path).expanduser()) if config.path.startswith("~") else config.path
     try:
-        loaded = datasets.load_dataset(config.path, config.name, revision=config.revision, split=config.split)
+        loaded = datasets.load_dataset(path, config.name, revision=config.revision, split=config.split)
     except (DatasetsError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise DataError(f"{_describe(config)} cannot be loaded: {one_line(error)} {way_out}") from error
     if not isinstance(loaded, datasets.Dataset):
