@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kd.checkpoint import load_weights
-from kd.checkpoint_files import latest_checkpoint
+from kd.checkpoint_files import checkpoint_folders, latest_checkpoint
 from kd.config import Config, GRPOConfig, IntegerConfig, TrainingConfig
 from kd.data import EncodedPrompts, PackedBlocks
 from kd.distributed import first_of_node_first, process_group, told_by_first
-from kd.files import remove_leftovers
+from kd.files import settle_leftovers
 from kd.generation import TextGenerator
 from kd.model import StudentModel
+from kd.overwriting import begin_afresh, end, needless_because
 from kd.plan import Plan
 from kd.prepare import Loader, Parts, build_parts
 from kd.products import turn_into_integers, write_products
 from kd.rewards import REWARDS
+from kd.run_tokenizer import keep_tokenizer
 from kd.runs import Run, describe_environment
 from kd.samples import write_samples
 from kd.stop import StopSignal
@@ -81,6 +83,7 @@ def _attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> d
             write_products(trainer, plan.config.quantization)
             _write_samples(run.directory, _whole_student(trainer), parts)
             run.write_result(result)
+            end(run)
         return result
 
 
@@ -88,13 +91,14 @@ def _begin(plan: Plan, run: Run, files: dict[str, str], parts: Parts) -> dict[st
     """Make the run's directory ready; return the result if another process finished it while the parts were built."""
     result = None
     if is_first():
-        if plan.config.overwrite:
-            run.clear()
-        else:
-            result = run.result()
+        result = needless_because(run, overwrite=plan.config.overwrite)
         if result is None:
+            if plan.config.overwrite:
+                begin_afresh(run)
+            settle_leftovers(run.directory)
             inputs = asdict(parts.tokenizer)
             run.write_configuration(files, describe_environment(plan.identity, tokenizer=inputs))
+            keep_tokenizer(parts.tokenizer, run.directory)
     told: dict[str, Any] | None = told_by_first(result)
     return told
 
@@ -151,17 +155,23 @@ def _grpo_trainer(config: GRPOConfig, parts: Parts, run_dir: Path) -> GRPOTraine
 
 def _resume(trainer: AnyTrainer, config: Config) -> None:
     assert trainer.run_dir is not None
-    folder = trainer.run_dir / config.train.checkpoint_dir
-    name = None
+    found = None
     if trainer.is_main:
-        remove_leftovers(folder)
-        latest = latest_checkpoint(folder)
-        name = None if latest is None else latest.name
-    if (name := told_by_first(name)) is None:
+        # Its name may have changed since; and the one that it has now may be a link to another disk.
+        folder = trainer.run_dir / config.train.checkpoint_dir
+        settle_leftovers(folder)
+        latest = latest_checkpoint(folder, *checkpoint_folders(trainer.run_dir))
+        found = None if latest is None else str(latest)
+    if (checkpoint := told_by_first(found)) is None:
         return
-    checkpoint = folder / name
     trainer.load_checkpoint(checkpoint)
-    # What may differ between attempts at one run follows the present command.
+    if trainer.config.checkpoint_dir != config.train.checkpoint_dir:
+        log.warning(
+            "train.checkpoint_dir=%s has no effect on a run that has begun: its checkpoints stay in %s",
+            config.train.checkpoint_dir,
+            trainer.config.checkpoint_dir,
+        )
+    # What else may differ between attempts at one run follows the present command.
     trainer.config = replace(
         trainer.config,
         log_interval=config.train.log_interval,

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from kd.adapters import add_adapters
-from kd.cache import all_or_nothing
 from kd.checkpoint import load_weights
 from kd.config import Config, CorpusConfig, IntegerConfig, LoRAConfig
 from kd.data import (
@@ -55,7 +54,7 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
     """Make or open what training needs; the student is initialised last, from the run's seed.
 
     Raises:
-        KDError: of the kind that fits. What was newly cached for data that turn out too small is removed again.
+        KDError: of the kind that fits.
     """
     config = plan.config
     device = own_device(config.device)
@@ -66,10 +65,9 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
         _check_vocabulary_fits(config, num_token_ids(tokenizer))
         examples = open_example_loaders(config, plan.data, tokenizer)
         return Parts(device, _new_student(plan), None, plan.tokenizer, *examples)
-    with all_or_nothing():
-        source = _place_tokenizer(plan, plan.data)
-        blocks = _place_blocks(config, plan.data, source)
-        loaders = _open_loaders(config, blocks)
+    source = _place_tokenizer(plan, plan.data)
+    blocks = _place_blocks(config, plan.data, source)
+    loaders = _open_loaders(config, blocks)
     _check_vocabulary_fits(config, loaders[0].dataset.vocab_size)
     teacher = open_teacher(plan, blocks, loaders[0], loaders[1], device, stop)
     return Parts(device, _new_student(plan), teacher, source, *loaders)
