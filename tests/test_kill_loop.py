@@ -1,6 +1,7 @@
 """Killed anywhere, the same command ends as an undisturbed one does: a kill at every call to the file system."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,29 @@ def test_the_situations_are_what_they_should_be(situations: dict[str, Situation]
     assert all(situation.result == first.result for situation in situations.values())
     replaced = [call for call in first.calls if call.startswith("replace") and call.endswith(".old")]
     assert replaced, "no directory was replaced by another"
+
+
+def check_it_goes_on(commands: Forker, situation: Situation, folder: Path) -> None:
+    """Kill a command at its last checkpoint, and again; each time it goes on from the one before."""
+    shutil.copytree(situation.folder, folder)
+    ends = "checkpoints/checkpoint-6"
+    at = next(
+        number for number, call in enumerate(situation.calls) if call.startswith("replace") and call.endswith(ends)
+    )
+    killed = command(commands, folder, *situation.arguments, kill_at=at)
+    assert "Run: outputs/debug/" in killed.output
+    assert "Continuing from" not in killed.output
+    repeated = command(commands, folder, *situation.arguments)
+    assert re.search(r"Continuing from .*/checkpoint-3$", repeated.output, re.M), repeated.output
+    assert fingerprint(folder / "outputs", folder / "cache") == situation.result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nothing", "a finished run"])
+def test_a_killed_run_goes_on_also_one_that_overwrites(
+    commands: Forker, situations: dict[str, Situation], name: str, tmp_path: Path
+) -> None:
+    check_it_goes_on(commands, situations[name], tmp_path / "cut")
 
 
 def kills(situation: Situation) -> list[tuple[int, bool]]:
