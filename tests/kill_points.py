@@ -173,10 +173,11 @@ def _watch(log: int, kill_at: int | None, is_done: bool) -> None:
             os.write(log, f"{name} {about}\n".encode())
             if number == kill_at and not is_done:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*arguments, **keywords)
-            if number == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return call(*arguments, **keywords)
+            finally:
+                if number == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return noted
 

@@ -10,13 +10,13 @@ from .small_disk import enlarge, small_disk
 
 OFTEN = (
     *COMMAND,
-    "train.max_steps=24",
+    "train.max_steps=14",
     "train.num_epochs=9",
     "train.save_interval=1",
-    "teacher.train.max_steps=24",
+    "teacher.train.max_steps=14",
     "teacher.train.save_interval=1",
 )
-"""Far more than 3 MB of checkpoints, of the run and of its teacher."""
+"""More than 3 MB of checkpoints, of the run and of its teacher."""
 
 
 def command(commands: Forker, outputs: Path, cache: Path) -> tuple[int, str]:
