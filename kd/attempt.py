@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kd.checkpoint import load_weights
-from kd.checkpoint_files import latest_checkpoint
+from kd.checkpoint_files import checkpoint_folders, latest_checkpoint
 from kd.config import Config, GRPOConfig, IntegerConfig, TrainingConfig
 from kd.data import EncodedPrompts, PackedBlocks
 from kd.distributed import first_of_node_first, process_group, told_by_first
 from kd.errors import DataError
-from kd.files import read_json, remove_leftovers
+from kd.files import read_json, settle_leftovers
 from kd.generation import TextGenerator
 from kd.model import StudentModel
+from kd.overwriting import begin_afresh, end, needless_because
 from kd.plan import Plan
 from kd.prepare import Loader, Parts, build_parts
 from kd.products import turn_into_integers, write_products
 from kd.rewards import REWARDS
+from kd.run_tokenizer import keep_tokenizer
 from kd.runs import ENVIRONMENT, Run, describe_environment
 from kd.samples import write_samples
 from kd.stop import StopSignal
@@ -88,6 +90,7 @@ def _attempt(plan: Plan, run: Run, files: dict[str, str], stop: StopSignal) -> d
             write_products(trainer, plan.config.quantization)
             _write_samples(run.directory, _whole_student(trainer), parts)
             run.write_result(result)
+            end(run)
         return result
 
 
@@ -98,21 +101,22 @@ def _begin(plan: Plan, run: Run, files: dict[str, str], parts: Parts) -> dict[st
         raise DataError(f"The processes of this run have different tokenizers or teachers: {_SAME_RECIPE}.")
     result = None
     if is_first():
-        if plan.config.overwrite:
-            run.clear()
-        else:
-            result = run.result()
+        result = needless_because(run, overwrite=plan.config.overwrite)
         if result is None:
-            _refuse_others(run, plan.config, contents)
+            if plan.config.overwrite:
+                begin_afresh(run)
+            settle_leftovers(run.directory)
+            _refuse_others(run, contents)
             inputs = {"tokenizer": asdict(parts.tokenizer), "contents": contents}
             run.write_configuration(files, describe_environment(plan.identity, **inputs))
+            keep_tokenizer(parts.tokenizer, run.directory)
     told: dict[str, Any] | None = told_by_first(result)
     return told
 
 
-def _refuse_others(run: Run, config: Config, contents: dict[str, str | None]) -> None:
+def _refuse_others(run: Run, contents: dict[str, str | None]) -> None:
     """Refuse to go on with another tokenizer or teacher than the attempt had that left checkpoints."""
-    if not any((run.directory / config.train.checkpoint_dir).glob("checkpoint-*")):
+    if not checkpoint_folders(run.directory):
         return
     before = read_json(run.directory / ENVIRONMENT)["inputs"].get("contents", contents)
     if different := [name for name in contents if before.get(name) != contents[name]]:
@@ -174,17 +178,23 @@ def _grpo_trainer(config: GRPOConfig, parts: Parts, run_dir: Path) -> GRPOTraine
 
 def _resume(trainer: AnyTrainer, config: Config) -> None:
     assert trainer.run_dir is not None
-    folder = trainer.run_dir / config.train.checkpoint_dir
-    name = None
+    found = None
     if trainer.is_main:
-        remove_leftovers(folder)
-        latest = latest_checkpoint(folder)
-        name = None if latest is None else latest.name
-    if (name := told_by_first(name)) is None:
+        # Its name may have changed since; and the one that it has now may be a link to another disk.
+        folder = trainer.run_dir / config.train.checkpoint_dir
+        settle_leftovers(folder)
+        latest = latest_checkpoint(folder, *checkpoint_folders(trainer.run_dir))
+        found = None if latest is None else str(latest)
+    if (checkpoint := told_by_first(found)) is None:
         return
-    checkpoint = folder / name
     trainer.load_checkpoint(checkpoint)
-    # What may differ between attempts at one run follows the present command.
+    if trainer.config.checkpoint_dir != config.train.checkpoint_dir:
+        log.warning(
+            "train.checkpoint_dir=%s has no effect on a run that has begun: its checkpoints stay in %s",
+            config.train.checkpoint_dir,
+            trainer.config.checkpoint_dir,
+        )
+    # What else may differ between attempts at one run follows the present command.
     trainer.config = replace(
         trainer.config,
         log_interval=config.train.log_interval,

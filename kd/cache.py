@@ -4,32 +4,22 @@ An entry is a directory `<root>/<kind>/<key>` whose key is a hash of everything 
 It is filled under another name, sealed with a manifest, and renamed, so that it is either whole or absent.
 """
 
-import errno
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from kd.errors import ConfigError, DataError, ResourceError
-from kd.files import check_directory, seal_directory, sync_path
+from kd.errors import DataError, KDError, ResourceError
+from kd.files import check_directory, is_lack_of_resource, is_whole, seal_directory, settle_leftovers, sync_path
 
 logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_SECONDS = 24 * 3600.0
 """The hidden states of a large corpus take hours; the lock of a builder that died is free at once."""
 POLL_SECONDS = 0.2
-
-_made: ContextVar[list[Path] | None] = ContextVar("made", default=None)
-"""Entries built inside `all_or_nothing`."""
-
-RESOURCE_ERRNOS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-)
 
 
 def cache_root() -> Path:
@@ -70,33 +60,6 @@ def is_cached(kind: str, key: str) -> bool:
     return (cache_root() / kind / key).is_dir()
 
 
-@contextmanager
-def all_or_nothing() -> Iterator[None]:
-    """Remove again what was built inside the block, if a ConfigError or DataError of the user's ends it."""
-    made: list[Path] = []
-    token = _made.set(made)
-    try:
-        yield
-    except (ConfigError, DataError):
-        for target in made:
-            _forget(target)
-        raise
-    finally:
-        _made.reset(token)
-
-
-def _forget(target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.rmtree(target.with_name(f"{target.name}.partial"), ignore_errors=True)
-    target.with_name(f"{target.name}.lock").unlink(missing_ok=True)
-    folders = [target.parent, cache_root()]
-    if not os.environ.get("KD_CACHE"):
-        folders.append(cache_root().parent)  # outputs/; the parent of a folder of one's own choice is not ours
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
 def _is_published(target: Path) -> bool:
     if not target.exists():
         return False
@@ -107,15 +70,12 @@ def _is_published(target: Path) -> bool:
 def _build(target: Path, build: Callable[[Path], None], describe: str) -> None:
     """Fill, seal and rename the work directory; the caller holds the lock."""
     work = target.with_name(f"{target.name}.partial")
-    if (made := _made.get()) is not None:
-        made.append(target)
     logger.info("%s %s", "Continuing to build" if work.exists() else "Building", describe)
     work.mkdir(exist_ok=True)
-    # A killed builder leaves half-written temporary files; the seal would publish them.
-    for stale in sorted(work.rglob(".*.tmp")):
-        stale.unlink()
-    build(work)
-    seal_directory(work)
+    settle_leftovers(work)
+    if not is_whole(work):  # it is if a builder was killed just before the last step
+        build(work)
+        seal_directory(work)
     os.replace(work, target)
     sync_path(target.parent)
 
@@ -151,8 +111,10 @@ def _resource_errors(target: Path, describe: str) -> Iterator[None]:
     """Turn a missing permission or disk space into ResourceError."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in RESOURCE_ERRNOS:
+    except KDError:
+        raise
+    except Exception as error:
+        if not is_lack_of_resource(error):
             raise
         raise ResourceError(
             f"{describe} cannot be kept in {target}: {error}. Free the space or the permission, or set the "

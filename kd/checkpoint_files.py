@@ -19,15 +19,16 @@ QUANTIZED = "quantized"
 """Folder of a finished run that trained for integer weights: the model's file with these (`kd.quantization`)."""
 
 
-def latest_checkpoint(parent: Path) -> Path | None:
-    """Return the `checkpoint-{step}` with the highest step that is whole, or None where there is none at all.
+def latest_checkpoint(*folders: Path) -> Path | None:
+    """Return the `checkpoint-{step}` of some folders with the highest step that is whole, or None if there is none.
 
     Damaged ones are passed over with a warning.
 
     Raises:
         IntegrityError: if there are checkpoints but every one is damaged.
     """
-    found = [(int(match[1]), path) for path in parent.glob("checkpoint-*") if (match := _step_of(path))]
+    paths = {path for folder in folders for path in folder.glob("checkpoint-*")}
+    found = [(int(match[1]), path) for path in paths if (match := _step_of(path))]
     for _, path in sorted(found, reverse=True):
         try:
             check_directory(path, digests=True)
@@ -36,11 +37,17 @@ def latest_checkpoint(parent: Path) -> Path | None:
             continue
         return path
     if found:
+        places = " and ".join(sorted({str(path.parent) for _, path in found}))
         raise IntegrityError(
-            f"All {len(found)} checkpoints in {parent} are damaged, so the run cannot be continued. "
-            "Remove that folder, or set overwrite=true, to start it afresh."
+            f"All {len(found)} checkpoints in {places} are damaged, so the run cannot be "
+            "continued. Remove them to start it afresh."
         )
     return None
+
+
+def checkpoint_folders(directory: Path) -> list[Path]:
+    """Return the folders inside a run's directory that hold checkpoints, whatever train.checkpoint_dir called them."""
+    return sorted({path.parent for path in directory.glob("**/checkpoint-*/") if _step_of(path)})
 
 
 def _step_of(path: Path) -> re.Match[str] | None:
@@ -62,11 +69,9 @@ def find_checkpoint(path: Path) -> Path:
         if (directory / MODEL_FILE).is_file():
             return directory
     _refuse_adapters(path)
-    # The folder's name is the run's train.checkpoint_dir.
-    for folder in sorted({found.parent for found in path.glob("**/checkpoint-*/")}):
-        if (latest := latest_checkpoint(folder)) is not None:
-            _refuse_adapters(latest)
-            return latest
+    if (latest := latest_checkpoint(*checkpoint_folders(path))) is not None:
+        _refuse_adapters(latest)
+        return latest
     raise DataError(f"{path} holds no checkpoint: give a run's directory, like outputs/<name>/<run>.")
 
 
@@ -84,9 +89,18 @@ def run_record(path: Path) -> dict[str, Any]:
     Raises:
         DataError: if it belongs to no run.
     """
+    record = read_json(run_directory(path) / "environment.json")
+    assert isinstance(record, dict)
+    return record
+
+
+def run_directory(path: Path) -> Path:
+    """Return the directory of the run that a path (this directory itself or a checkpoint in it) belongs to.
+
+    Raises:
+        DataError: if it belongs to no run.
+    """
     for directory in (path, *path.resolve().parents[:3]):
         if (directory / "environment.json").is_file():
-            record = read_json(directory / "environment.json")
-            assert isinstance(record, dict)
-            return record
+            return directory
     raise DataError(f"{path} is not a run: give a directory like outputs/<name>/<run>.")

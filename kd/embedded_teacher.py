@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,17 +9,19 @@ import torch
 
 from kd.cache import cached_directory
 from kd.checkpoint import load_model_file, save_model_file
-from kd.checkpoint_files import MODEL_FILE, latest_checkpoint
+from kd.checkpoint_files import MODEL_FILE, checkpoint_folders, latest_checkpoint
 from kd.config import EmbeddedTeacherConfig
 from kd.data import PackedBlocks, eval_loader, train_loader
 from kd.distributed import alone, seed_everything
-from kd.files import digest_of, file_digest, write_text
+from kd.files import digest_of, file_digest, publish_file, remove_path, write_text
 from kd.model import StudentModel
 from kd.stop import StopSignal
 from kd.teacher import LiveTeacher
 from kd.trainers import PretrainTrainer
 
 log = logging.getLogger("kd")
+
+CONFIG_FILE = "config.json"
 
 
 def load_embedded_teacher(
@@ -55,8 +56,12 @@ def embedded_teacher_directory(
     """
 
     def build(work: Path) -> None:
-        with alone():  # other processes wait for the cache
-            _train(config, blocks, device, stop, work)
+        # The description is written last: if it is there, only the checkpoints were still to be removed.
+        if not (work / CONFIG_FILE).exists():
+            with alone():  # other processes wait for the cache
+                _train(config, blocks, device, stop, work)
+        for folder in checkpoint_folders(work):
+            remove_path(folder)
 
     key = digest_of({"recipe": fingerprint, "blocks": blocks.name})[:32]
     return cached_directory("teachers", key, build, "the embedded teacher")
@@ -74,10 +79,9 @@ def _train(config: EmbeddedTeacherConfig, blocks: Path, device: torch.device, st
         run_dir=work,
     )
     trainer.stop = stop
-    checkpoints = work / config.train.checkpoint_dir
-    if (checkpoint := latest_checkpoint(checkpoints)) is not None:
+    if (checkpoint := latest_checkpoint(*checkpoint_folders(work))) is not None:
         trainer.load_checkpoint(checkpoint)
     trainer.train()
-    save_model_file(work / MODEL_FILE, trainer.model)
-    write_text(work / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-    shutil.rmtree(checkpoints)
+    with publish_file(work / MODEL_FILE) as temporary:
+        save_model_file(temporary, trainer.model)
+    write_text(work / CONFIG_FILE, json.dumps(asdict(config), indent=2) + "\n")

@@ -4,19 +4,32 @@ Everything is written under a temporary name, flushed to disk, and renamed. A pu
 a manifest with the size and SHA-256 of each of its files.
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd.errors import IntegrityError
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 MANIFEST = "manifest.json"
+_LEFTOVERS = (".*.tmp", ".*.old")
+_MOVED_ASIDE = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.old")
+"""What `publish_directory` calls the old copy, with the name that it had."""
+_RESOURCE_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+)
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 def canonical_json(value: Any) -> str:
@@ -35,6 +48,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_lack_of_resource(error: Exception) -> bool:
+    """Return whether an error of any library says that disk space or a permission is missing."""
+    if isinstance(error, OSError):
+        return error.errno in _RESOURCE_ERRNOS
+    # Libraries in Rust (safetensors, tokenizers) have errors of their own, with the system's in the text.
+    found = _RUST_ERRNO.search(str(error))
+    return found is not None and int(found[1]) in _RESOURCE_ERRNOS
+
+
 def sync_path(path: Path) -> None:
     """Flush a file's or a directory's content to disk, so that a rename cannot outrun it."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -44,18 +66,41 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by `text` in one step: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+@contextmanager
+def publish_file(target: Path) -> Iterator[Path]:
+    """Yield the path of a new file to write; on success it becomes `target` in one step, else nothing remains.
+
+    A reader sees the old content or the new, never a part.
+    """
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
+        sync_path(temporary)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_path(path.parent)
+    sync_path(target.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file by `content` in one step."""
+    with publish_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by `text` in UTF-8 in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_array(path: Path, array: "npt.NDArray[Any]") -> None:
+    """Replace a .npy file in one step."""
+    import numpy as np
+
+    content = io.BytesIO()
+    # Not into the file itself: that a disk is full numpy says without the error's number.
+    np.save(content, array, allow_pickle=False)
+    write_bytes(path, content.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,38 +129,73 @@ def publish_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
+    # A directory cannot replace a full one in one call: the old one is moved aside first. Whoever is killed in between
+    # leaves both, whole, to `settle_leftovers`.
+    old = temporary.with_suffix(".old")
     try:
         yield temporary
         seal_directory(temporary)
         if target.exists():
-            # A directory cannot replace a full one in one call: move the old one aside first.
-            old = temporary.with_suffix(".old")
             os.replace(target, old)
-            os.replace(temporary, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, target)
+        os.replace(temporary, target)
         sync_path(target.parent)
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        for path in (temporary, old):
+            remove_path(path)
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Remove what a killed `publish_directory` left in a folder that only this process writes to."""
-    for pattern in (".*.tmp", ".*.old"):
-        for path in parent.glob(pattern):
-            shutil.rmtree(path)
+def remove_path(path: Path) -> None:
+    """Remove what lies at a path - a file, a link, or a directory with all that is in it - if there is anything."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def settle_leftovers(folder: Path) -> None:
+    """Settle what killed processes left in a folder, and in those inside it, that only this process writes to.
+
+    A directory whose replacement was cut short is there again, the new copy if that is whole, else the old one. All
+    else that was being written is removed.
+    """
+    for old in sorted(folder.rglob(_LEFTOVERS[1])):
+        if match := _MOVED_ASIDE.fullmatch(old.name):
+            _recover(old.with_name(match[1]), old)
+    for path in [path for pattern in _LEFTOVERS for path in folder.rglob(pattern)]:
+        remove_path(path)
+
+
+def _recover(target: Path, old: Path) -> None:
+    """Give a directory its name back if its replacement was stopped between the two renames."""
+    if target.exists():
+        return
+    new = old.with_suffix(".tmp")
+    os.replace(new if is_whole(new) else old, target)
+    sync_path(target.parent)
 
 
 def seal_directory(directory: Path) -> None:
     """Flush all files of a directory and write its manifest last."""
+    (directory / MANIFEST).unlink(missing_ok=True)
     files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
+    paths = sorted(directory.rglob("*"))
+    for path in paths:
         sync_path(path)
-        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        if path.is_file():
+            name = path.relative_to(directory).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     write_json(directory / MANIFEST, {"files": files})
-    sync_path(directory)
+
+
+def is_whole(directory: Path) -> bool:
+    """Return whether a directory has a manifest, and all that it names is what was written."""
+    try:
+        check_directory(directory, digests=True)
+    except IntegrityError:
+        return False
+    return True
 
 
 def check_directory(directory: Path, *, digests: bool = False) -> None:

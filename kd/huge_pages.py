@@ -18,12 +18,19 @@ LARGE_BYTES = 2**25
 
 
 def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor of a shape and dtype, contiguous, on the device of another one."""
+    """Return an uninitialised tensor of a shape and dtype, contiguous, on the device of another one.
+
+    Raises:
+        MemoryError: if there is too little memory.
+    """
     count = math.prod(shape)
     size = count * dtype.itemsize
     if like.device.type != "cpu" or sys.platform != "linux" or size < LARGE_BYTES:
         return like.new_empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes for a tensor of {tuple(shape)}: {error}") from error
     with suppress(OSError):  # a kernel without them; then these are pages like any others
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)  # holds the memory as long as it lives

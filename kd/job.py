@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kd.cache import RESOURCE_ERRNOS
 from kd.config import Config, CorpusConfig
-from kd.errors import ResourceError
+from kd.errors import KDError, ResourceError
+from kd.files import is_lack_of_resource
 from kd.outcome import objective, sentences
+from kd.overwriting import end, needless_because
 from kd.plan import check_strategy, make_plan
 from kd.runs import Run
 from kd.stop import StopSignal, signals_to
@@ -35,27 +36,30 @@ def do_run(config: Config, files: dict[str, str]) -> float:
         check_strategy(config.train, alone=find_place() is None)
         plan = make_plan(config)
         run = Run(plan.identity)
-        result = None if config.overwrite else _result_of_all(run)
+        result = _result_of_all(run, config.overwrite)
         if result is None:
             if is_first():  # of the same run; the others would find it held by the first one
                 run.refuse_if_held()
+            log.info("Run: %s", run.directory)
             from kd.attempt import attempt  # here, because torch takes seconds to import
 
             result = attempt(plan, run, files, stop)
         else:
+            end(run)
             log.info("Already done, nothing to do (overwrite=true does it again)")
         _announce(run, result)
     return objective(result)
 
 
-def _result_of_all(run: Run) -> dict[str, Any] | None:
+def _result_of_all(run: Run, overwrite: bool) -> dict[str, Any] | None:
     """Return a finished run's result. Of several processes the first one looks: what it does, all must do."""
+    result = needless_because(run, overwrite=overwrite) if is_first() else None
     if num_processes() == 1:
-        return run.result()
+        return result
     from kd.distributed import told_by_first
 
-    result: dict[str, Any] | None = told_by_first(run.result() if is_first() else None)
-    return result
+    told: dict[str, Any] | None = told_by_first(result)
+    return told
 
 
 def _announce(run: Run, result: dict[str, Any]) -> None:
@@ -72,8 +76,10 @@ def _resources_named(config: Config) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise ResourceError(_out_of_memory(config, error)) from error
-    except OSError as error:
-        if error.errno not in RESOURCE_ERRNOS:
+    except KDError:
+        raise
+    except Exception as error:
+        if not is_lack_of_resource(error):
             raise
         raise ResourceError(f"{error}. Free the space or the permission; the same command then continues.") from error
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from kd.adapters import add_adapters
-from kd.cache import all_or_nothing
 from kd.checkpoint import load_weights
 from kd.config import Config, CorpusConfig, IntegerConfig, LoRAConfig, TrainingConfig
 from kd.data import (
@@ -70,7 +69,7 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
     """Make or open what training needs; the student is initialised last, from the run's seed.
 
     Raises:
-        KDError: of the kind that fits. What was newly cached for data that turn out too small is removed again.
+        KDError: of the kind that fits.
     """
     config = plan.config
     device = own_device(config.device)
@@ -82,10 +81,9 @@ def build_parts(plan: Plan, stop: StopSignal) -> Parts:
         examples = open_example_loaders(config, plan.data, tokenizer)
         _check_tokens(plan, num_token_ids(tokenizer), examples)
         return Parts(device, _new_student(plan), None, None, plan.tokenizer, *examples)
-    with all_or_nothing():
-        source = _place_tokenizer(plan, plan.data)
-        blocks = _place_blocks(plan, plan.data, source)
-        loaders = _open_loaders(config, blocks, plan.data.part_names)
+    source = _place_tokenizer(plan, plan.data)
+    blocks = _place_blocks(plan, plan.data, source)
+    loaders = _open_loaders(config, blocks, plan.data.part_names)
     _check_tokens(plan, loaders[0].dataset.vocab_size, loaders)
     content = teacher_content(plan, blocks, device, stop)
     teacher = open_teacher(plan, content, blocks, loaders[0], loaders[1], device, stop)

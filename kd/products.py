@@ -9,7 +9,7 @@ from kd.adapters import merge_adapters
 from kd.checkpoint import holds_adapters, save_model_file
 from kd.checkpoint_files import MERGED, MODEL_FILE, QUANTIZED
 from kd.config import IntegerConfig, QuantizationConfig
-from kd.files import publish_directory, remove_leftovers
+from kd.files import publish_directory
 from kd.prepare import Loader
 from kd.quantization import save_quantized, to_integers
 from kd.trainers import BaseTrainer
@@ -37,7 +37,6 @@ def write_products(trainer: BaseTrainer[Any], quantization: QuantizationConfig) 
     Of several processes the first one alone must call it: the others need not wait for a disk.
     """
     assert trainer.run_dir is not None
-    remove_leftovers(trainer.run_dir)
     if holds_adapters(trainer.model):
         merge_adapters(trainer.model)
         with publish_directory(trainer.run_dir / MERGED) as folder:

@@ -5,6 +5,7 @@ outputs/<name>/<settings>-<hash>/
   environment.json         versions, commit, and what the identity was made of
   history.json             all measured series (strict JSON)
   checkpoints/             checkpoint-{step}/
+  tokenizer/               the tokenizer, shared with the cache by hard links where that is on the same disk
   val_blocks.npy, test_blocks.npy, samples.txt, train.log
   result.json              written last: the run is done
   failure.json             how the last attempt of a sweep at it failed; the next attempt removes it
@@ -30,7 +31,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from kd.config import Config, DPOConfig, ORPOConfig, TrainingConfig
 from kd.errors import IntegrityError, ResourceError, RunHeldError
-from kd.files import canonical_json, digest_of, file_digest, read_json, write_json, write_text
+from kd.files import canonical_json, digest_of, file_digest, read_json, remove_path, write_json, write_text
 from kd.torchrun import num_processes
 
 log = logging.getLogger(__name__)
@@ -337,13 +338,9 @@ class Run:
     def clear(self) -> None:
         """Remove what an earlier attempt left, result first, so that a half-cleared run never counts as done."""
         self.result_file.unlink(missing_ok=True)
-        for path in self.directory.iterdir():
-            if path.name == LOCK:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        for path in list(self.directory.iterdir()):
+            if path.name != LOCK:
+                remove_path(path)
 
     def write_configuration(self, files: dict[str, str], environment: dict[str, Any]) -> None:
         """Write config.yaml and Hydra's files (by relative name) and environment.json; say what changed since."""

@@ -4,10 +4,11 @@ import glob
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kd.checkpoint_files import find_checkpoint, run_record
+from kd.checkpoint_files import find_checkpoint, run_directory, run_record
 from kd.config import ModelConfig
 from kd.data import TokenizerSource
 from kd.errors import ConfigError, DataError, IntegrityError
+from kd.run_tokenizer import own_tokenizer
 
 MAY_DIFFER = ("dropout", "max_seq_len")
 """Settings of a model that no weight depends on."""
@@ -41,7 +42,7 @@ def find_start(init_from: str, model: ModelConfig) -> Start:
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"environment.json of {path} is not as it was written ({error!r}).") from error
     _check_architecture(path, architecture, model)
-    return Start(checkpoint, tokenizer)
+    return Start(checkpoint, own_tokenizer(tokenizer, run_directory(path)))
 
 
 def _only_match(init_from: str) -> Path:

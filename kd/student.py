@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.checkpoint import load_weights
-from kd.checkpoint_files import QUANTIZED, find_checkpoint, run_record
+from kd.checkpoint_files import QUANTIZED, find_checkpoint, run_directory, run_record
 from kd.config import IntegerConfig, ModelConfig
-from kd.data import load_tokenizer
+from kd.data import TokenizerSource
 from kd.errors import IntegrityError
 from kd.model import StudentModel
 from kd.quantization import load_quantized, quantize
+from kd.run_tokenizer import own_tokenizer, require_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +36,7 @@ def load_student(path: Path) -> TrainedStudent:
 
     Raises:
         ConfigError: if a package that it needs is not installed.
-        DataError: if it is not a run with a checkpoint, or its tokenizer is no longer where it was.
+        DataError: if it is not a run with a checkpoint, or it is an older one whose tokenizer is gone.
         IntegrityError: if its files are damaged.
     """
     record = run_record(path)
@@ -43,10 +44,11 @@ def load_student(path: Path) -> TrainedStudent:
         config = ModelConfig(**record["identity"]["model"])
         integers = record["identity"].get("quantization")
         quantization = None if integers is None else IntegerConfig(**integers)
-        tokenizer = record["inputs"]["tokenizer"]
-        source = (tokenizer["location"], tokenizer["revision"], tokenizer["gguf_file"])
+        source = TokenizerSource(**record["inputs"]["tokenizer"])
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"environment.json of {path} is not as it was written ({error!r}).") from error
+    source = own_tokenizer(source, run_directory(path))
+    require_there(source, run_directory(path))
     model = StudentModel(config)
     integers_at = path if path.resolve().name == QUANTIZED else path / QUANTIZED
     if quantization is not None and integers_at.is_dir():
@@ -55,4 +57,4 @@ def load_student(path: Path) -> TrainedStudent:
         load_weights(find_checkpoint(path), model)
         if quantization is not None:
             quantize(model, quantization)
-    return TrainedStudent(model.eval(), load_tokenizer(*source))
+    return TrainedStudent(model.eval(), source.load())

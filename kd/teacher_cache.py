@@ -9,7 +9,6 @@ teacher-heads/<key>/    head.safetensors: `weight` (V, width), and `bias` (V,) i
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from kd.cache import cached_directory, is_cached
 from kd.data import PackedBlocks
 from kd.errors import DataError, IntegrityError, NumericError, ResourceError
-from kd.files import digest_of, read_json, sync_path, write_json
+from kd.files import digest_of, publish_file, read_json, write_array, write_json
 from kd.heads import LinearHead
 from kd.teacher import LiveTeacher
 
@@ -158,7 +157,7 @@ class _StatesBuilder:
             progress.update(len(self.blocks) - sum(sizes))
             for start, size in zip(missing, sizes, strict=True):
                 self._write_shard(start, size, progress)
-        np.save(self.work / "block_ids.npy", self.blocks.block_ids)
+        write_array(self.work / "block_ids.npy", self.blocks.block_ids)
         write_json(self.work / "meta.json", {"shard_blocks": self.shard_blocks})
 
     def _check_room(self, count: int) -> None:
@@ -192,12 +191,9 @@ class _StatesBuilder:
             _require_finite(hidden[first:last], batch["block_id"])
             tokens.append(token_digests(batch["input_ids"]))
             progress.update(last - first)
-        path = _shard(self.work, start // self.shard_blocks)
-        temporary = path.with_name(f".{path.name}.tmp")
         digests = {"tokens": np.concatenate(tokens), "digests": _digests(hidden)}
-        save_file({"hidden": hidden} | {name: torch.from_numpy(x) for name, x in digests.items()}, temporary)
-        sync_path(temporary)
-        os.replace(temporary, path)
+        with publish_file(_shard(self.work, start // self.shard_blocks)) as temporary:
+            save_file({"hidden": hidden} | {name: torch.from_numpy(x) for name, x in digests.items()}, temporary)
 
 
 def _require_finite(hidden: Tensor, block_ids: Tensor) -> None:

@@ -1,6 +1,5 @@
 """The cache: one build for many processes, nothing half-made, and going on after a kill."""
 
-import errno
 import fcntl
 import logging
 import multiprocessing
@@ -11,11 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import kd.cache
-from kd.cache import all_or_nothing, cache_root, cached_directory
+from kd.cache import cache_root, cached_directory
 from kd.errors import ConfigError, DataError, IntegrityError, Interrupted, ResourceError
+from kd.files import check_directory, write_array
+
+from .small_disk import enlarge, small_disk
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -136,13 +139,25 @@ def test_who_waits_too_long_says_for_what(
     assert str(os.getpid()) in waits[0].message
 
 
-def test_no_space_names_the_path_and_the_way_out(root: Path) -> None:
-    def build(_work: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_no_space_names_the_path_and_the_way_out_and_what_was_done_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
 
-    with pytest.raises(ResourceError, match="KD_CACHE") as caught:
-        cached_directory("things", "key", build, "a thing")
-    assert str(root / "things" / "key") in str(caught.value)
+    def build(work: Path) -> None:
+        found.extend(path.name for path in work.iterdir())
+        write_array(work / "small.npy", np.zeros(100))
+        write_array(work / "large.npy", np.zeros(50_000))
+
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        monkeypatch.setenv("KD_CACHE", str(disk / "cache"))
+        with pytest.raises(ResourceError, match=r"No space left on device.*KD_CACHE") as caught:
+            cached_directory("things", "key", build, "a thing")
+        assert str(disk / "cache" / "things" / "key") in str(caught.value)
+        enlarge(disk, "1m")
+        directory = cached_directory("things", "key", build, "a thing")
+        assert "small.npy" in found
+        check_directory(directory, digests=True)
 
 
 def test_a_file_in_place_of_the_folder_is_a_resource_error(root: Path) -> None:
@@ -158,79 +173,43 @@ def test_the_folder_is_under_outputs_unless_it_is_moved(tmp_path: Path, monkeypa
     assert cache_root() == tmp_path / "outputs" / ".cache"
 
 
-# --- all or nothing -----------------------------------------------------------------------------------------------
+# --- what others have a use for -----------------------------------------------------------------------------------
 
 
-def _build_two_then_raise(error: BaseException) -> None:
-    with all_or_nothing():
-        cached_directory("things", "one", _write_hello, "a thing")
-        cached_directory("others", "two", _write_hello, "another thing")
-        raise error
-
-
-@pytest.mark.parametrize("error", [ConfigError("no"), DataError("no")], ids=["config", "data"])
-def test_what_a_refused_command_built_is_removed_again(root: Path, error: Exception) -> None:
+@pytest.mark.parametrize("error", [ConfigError("no"), DataError("no"), Interrupted("stop"), ResourceError("full")])
+def test_what_is_published_stays_however_its_builder_ends(error: Exception) -> None:
+    """Another process may have opened it in the meantime."""
     with pytest.raises(type(error)):
-        _build_two_then_raise(error)
-    assert not root.exists()
+        _build_then_raise(error)
+    assert (cached_directory("things", "one", _never, "a thing") / "hello.txt").read_text() == "hello"
 
 
-@pytest.mark.parametrize(
-    "error", [Interrupted("stop"), ResourceError("full"), KeyboardInterrupt(), RuntimeError("bug")]
-)
-def test_what_was_built_before_any_other_end_is_kept(root: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)):
-        _build_two_then_raise(error)
-    for name in ("things/one", "others/two"):
-        assert (root / name / "hello.txt").read_text() == "hello"
-
-
-def test_what_was_there_before_is_kept(root: Path) -> None:
-    cached_directory("things", "old", _write_hello, "an old thing")
+def _build_then_raise(error: Exception) -> None:
     cached_directory("things", "one", _write_hello, "a thing")
-    with pytest.raises(DataError):
-        _build_two_then_raise(DataError("no"))
-    assert sorted(path.name for path in root.iterdir()) == ["things"]
-    assert cached_directory("things", "old", _never, "an old thing") == root / "things" / "old"
-    assert cached_directory("things", "one", _never, "a thing") == root / "things" / "one"
+    raise error
 
 
-def test_a_half_built_entry_is_removed_too(root: Path) -> None:
-    def build(work: Path) -> None:
-        (work / "shard-0").write_text("zero")
-        raise DataError("too short")
-
-    with pytest.raises(DataError, match="too short"), all_or_nothing():
-        cached_directory("things", "key", build, "a thing")
-    assert not root.exists()
+# --- what killed builders leave -----------------------------------------------------------------------------------
 
 
-def test_outside_the_block_nothing_is_removed(root: Path) -> None:
-    with all_or_nothing():
-        cached_directory("things", "one", _write_hello, "a thing")
-    with pytest.raises(DataError), all_or_nothing():
-        raise DataError("no")
-    assert cached_directory("things", "one", _never, "a thing") == root / "things" / "one"
+def test_leftovers_of_all_kinds_are_no_hindrance(root: Path) -> None:
+    work = root / "things" / "key.partial"
+    (work / "checkpoints" / ".checkpoint-2.1-0123abcd.tmp").mkdir(parents=True)
+    (work / "checkpoints" / ".checkpoint-2.1-0123abcd.tmp" / "state.json").write_text("{}")
+    (work / "checkpoints" / ".checkpoint-1.1-0123abcd.old").mkdir()
+    (work / ".history.json.0123abcd.tmp").write_text("{")
+    directory = cached_directory("things", "key", _write_hello, "a thing")
+    assert {path.name for path in directory.rglob("*")} == {"checkpoints", "checkpoint-1", "hello.txt", "manifest.json"}
 
 
-def test_a_folder_that_is_not_ours_stays(tmp_path: Path) -> None:
-    with pytest.raises(DataError):
-        _build_two_then_raise(DataError("no"))
-    assert tmp_path.is_dir()  # empty, but KD_CACHE lies in it by the user's choice
+def test_an_entry_that_is_whole_but_has_no_name_yet_is_not_built_again(root: Path) -> None:
+    cached_directory("things", "key", _write_hello, "a thing")
+    (root / "things" / "key").rename(root / "things" / "key.partial")
+    assert (cached_directory("things", "key", _never, "a thing") / "hello.txt").read_text() == "hello"
 
 
-def test_an_outputs_folder_made_for_the_cache_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KD_CACHE")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError):
-        _build_two_then_raise(DataError("no"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_outputs_folder_with_runs_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KD_CACHE")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs" / "default").mkdir(parents=True)
-    with pytest.raises(DataError):
-        _build_two_then_raise(DataError("no"))
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["default"]
+def test_one_that_is_not_whole_is_built_again(root: Path) -> None:
+    cached_directory("things", "key", _write_hello, "a thing")
+    (root / "things" / "key").rename(root / "things" / "key.partial")
+    (root / "things" / "key.partial" / "hello.txt").write_text("hallo")
+    assert (cached_directory("things", "key", _write_hello, "a thing") / "hello.txt").read_text() == "hello"

@@ -20,7 +20,7 @@ from kd.checkpoint import (
     save_checkpoint,
     save_model_file,
 )
-from kd.checkpoint_files import MODEL_FILE, latest_checkpoint
+from kd.checkpoint_files import MODEL_FILE, checkpoint_folders, find_checkpoint, latest_checkpoint
 from kd.config import ModelConfig
 from kd.errors import IntegrityError
 from kd.files import seal_directory
@@ -267,5 +267,17 @@ def test_if_all_are_damaged_nothing_is_begun_afresh(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     for step in (1, 2):
         damage(tmp_path / f"checkpoint-{step}" / STATE_FILE, "truncated")
-    with pytest.raises(IntegrityError, match=r"All 2 checkpoints .* damaged.*overwrite=true"):
+    with pytest.raises(IntegrityError, match=r"All 2 checkpoints .* damaged.*Remove them"):
         latest_checkpoint(tmp_path)
+
+
+def test_the_latest_of_several_folders_is_found_whatever_they_are_called(tmp_path: Path) -> None:
+    save_steps(tmp_path / "checkpoints", 1, 9)
+    save_steps(tmp_path / "a" / "deep", 10)
+    save_steps(tmp_path / "z", 2)
+    (tmp_path / "b" / "checkpoint-best").mkdir(parents=True)
+    folders = checkpoint_folders(tmp_path)
+    assert folders == [tmp_path / "a" / "deep", tmp_path / "checkpoints", tmp_path / "z"]
+    assert latest_checkpoint(*folders) == find_checkpoint(tmp_path) == tmp_path / "a" / "deep" / "checkpoint-10"
+    damage(tmp_path / "a" / "deep" / "checkpoint-10" / MODEL_FILE, "flipped")
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-9"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,7 +195,7 @@ TRAINER_REFUSED = {
     "warmup_steps": (-1,),
     "num_epochs": SIZES,
     "gradient_clip": (0.0, -1.0, *NOT_FINITE),
-    "checkpoint_dir": ("", "/", "/tmp/x", "..", "../x", "x/../../y", "x\\..\\y"),
+    "checkpoint_dir": ("",),
     "log_interval": SIZES,
     "eval_interval": SIZES,
     "save_interval": SIZES,
@@ -321,6 +322,18 @@ EDGES: list[tuple[type, dict[str, Any]]] = [
 def test_a_value_at_the_edge_is_allowed(cls: Callable[..., object], values: dict[str, Any]) -> None:
     config = cls(**values)
     assert {name: getattr(config, name) for name in values} == values
+
+
+OUTSIDE = ("/", "/tmp/x", "..", "../x", "x/../../y", "x\\..\\y", ".", "./")
+
+
+@pytest.mark.parametrize("folder", OUTSIDE)
+def test_a_runs_checkpoints_stay_in_its_directory_and_those_of_a_trainer_go_anywhere(folder: str) -> None:
+    train, teacher = TrainingConfig(checkpoint_dir=folder), PretrainConfig(checkpoint_dir=folder)
+    with pytest.raises(ConfigError, match=rf"^train\.checkpoint_dir={re.escape(folder)}.*inside the run's directory"):
+        Config(train=train)
+    with pytest.raises(ConfigError, match=r"^teacher\.train\.checkpoint_dir="):
+        EmbeddedTeacherConfig(train=teacher)
 
 
 # --- values that contradict each other ----------------------------------------------------------------------------

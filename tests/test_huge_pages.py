@@ -45,3 +45,8 @@ def test_the_loss_is_the_same_from_large_ones(monkeypatch: pytest.MonkeyPatch) -
     assert usual[0] == large[0]
     assert torch.equal(usual[1], large[1])
     assert torch.equal(usual[2], large[2])
+
+
+def test_too_much_is_said_as_pythons_own_error() -> None:
+    with pytest.raises(MemoryError, match="bytes for a tensor of"):
+        new_empty(torch.empty(0), (2**50,), torch.float32)

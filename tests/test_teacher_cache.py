@@ -1,7 +1,7 @@
 """The teacher cache: the same values as the live teacher, computed once, kept whole, and never of other tokens."""
 
-import shutil
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from kd.teacher import LiveTeacher
 from kd.teacher_cache import CachedTeacher, TeacherCacheKey, has_states, open_cached_teacher
 from kd.trainers import DistillationTrainer
 
+from .small_disk import fill, small_disk
 from .test_heads import make_model
 from .trainers.helpers import BYTES, LENGTH, make_student
 
@@ -48,14 +49,18 @@ class Counted(NamedTuple):
     rows: list[tuple[int, ...]]
 
 
-def counted(model: nn.Module | None = None, fail_at: int | None = None) -> Counted:
-    """Return a loader whose teacher's body raises KeyboardInterrupt at row `fail_at`."""
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def counted(model: nn.Module | None = None, at: int | None = None, act: Callable[[], None] = interrupt) -> Counted:
+    """Return a loader whose teacher's body, when it is given its row number `at`, first acts."""
     model = make_student(seed=7, vocab_size=BYTES) if model is None else model
     rows: list[tuple[int, ...]] = []
 
     def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if fail_at is not None and len(rows) + len(arguments[0]) > fail_at:
-            raise KeyboardInterrupt
+        if at is not None and len(rows) <= at < len(rows) + len(arguments[0]):
+            act()
         rows.extend(tuple(row) for row in arguments[0].tolist())
 
     def load() -> LiveTeacher:
@@ -103,7 +108,7 @@ def test_the_body_sees_each_block_once_and_is_not_loaded_again(parts: list[Packe
 
 @pytest.mark.usefixtures("small_shards")
 def test_an_interrupted_build_goes_on_where_it_stopped(parts: list[PackedBlocks]) -> None:
-    first, second = counted(fail_at=11), counted()
+    first, second = counted(at=11), counted()
     with pytest.raises(KeyboardInterrupt):
         open_cached_teacher(KEY, parts, first.load, CPU)
     assert not has_states(KEY, parts)
@@ -190,16 +195,37 @@ def test_a_state_that_is_not_finite_stops_the_build(parts: list[PackedBlocks]) -
     assert not has_states(KEY, parts)
 
 
-def test_what_does_not_fit_on_the_disk_is_refused_before_work(
-    parts: list[PackedBlocks], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    need = len(parts[0]) * LENGTH * 16 * 4
-    usage = shutil.disk_usage("/")._replace(free=need - 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+@pytest.fixture
+def disk(parts: list[PackedBlocks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A small disk with the cache on it: the head, and the states of the validation part, are there."""
+    with small_disk(tmp_path / "disk", "256k") as mounted:
+        monkeypatch.setenv("KD_CACHE", str(mounted / "cache"))
+        open_cached_teacher(KEY, [parts[1]], counted().load, CPU)
+        yield mounted
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_work(parts: list[PackedBlocks], disk: Path) -> None:
+    filling = fill(disk)
+    os.truncate(filling, filling.stat().st_size - 2 * 4096)  # the states take 11 kB
     live = counted()
-    with pytest.raises(ResourceError, match=r"need 0\.0 MB.*KD_CACHE.*teacher\.cache=off"):
+    with pytest.raises(ResourceError, match=r"need 0\.0 MB, and only 0\.0 MB are free.*KD_CACHE.*teacher\.cache=off"):
         open_cached_teacher(KEY, parts, live.load, CPU)
     assert not live.rows
+    filling.unlink()
+    open_cached_teacher(KEY, parts, live.load, CPU)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_disk_that_fills_in_the_middle_costs_one_shard(parts: list[PackedBlocks], disk: Path) -> None:
+    fillings: list[Path] = []
+    first = counted(at=11, act=lambda: fillings.append(fill(disk)))
+    with pytest.raises(ResourceError, match=r"No space left on device.*KD_CACHE"):
+        open_cached_teacher(KEY, parts, first.load, CPU)
+    fillings[0].unlink()
+    second = counted()
+    open_cached_teacher(KEY, parts, second.load, CPU)
+    # Two shards of four blocks were whole.
+    assert sorted(second.rows) == sorted(rows_of(parts[:1])[8:])
 
 
 def test_a_teacher_without_a_linear_head_is_refused_with_the_reason(parts: list[PackedBlocks]) -> None:

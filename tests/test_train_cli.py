@@ -121,7 +121,11 @@ def test_a_finished_run_is_skipped_and_nothing_changes() -> None:
 
 @pytest.mark.usefixtures("cache")
 def test_alpha_zero_is_one_baseline_for_all_temperatures() -> None:
-    assert run(*TINY, "train.alpha=0", "train.temperature=4").code == 0
+    assert run(*TINY, "train.alpha=0", "train.temperature=4", "teacher.cache=require").code == 0
+    # Evaluations compare with the teacher; training does not, and its part is not kept.
+    (states,) = (path for path in (Path(os.environ["KD_CACHE"]) / "teacher-states").iterdir() if path.is_dir())
+    assert strict_json(states / "meta.json").keys() == {"shard_blocks"}
+    assert len(np.load(states / "block_ids.npy")) == 32
     outcome = run(*TINY, "train.alpha=0", "train.temperature=1")
     assert "Already done" in outcome.output
     assert only_run().name.startswith("alpha0-seed0-")
@@ -152,9 +156,10 @@ def test_a_run_stopped_half_way_ends_like_an_unstopped_one(
     process = start(*cut)
     stop_at = wait_for_step(tmp_path / "outputs" / "cut", 12)
     os.killpg(process.pid, signum)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), errors
     assert not (stop_at / "result.json").exists()
+    assert f"Run: {stop_at.relative_to(tmp_path)}" in output
     outcome = run(*cut)
     assert outcome.code == 0, outcome.errors
     assert "Continuing from" in outcome.output
@@ -296,6 +301,10 @@ def test_bad_input_is_refused(overrides: tuple[str, ...], bad_corpora: Path) -> 
     outcome = run(*overrides, KD_CACHE="")
     check_refusal(outcome, code, named, way_out)
     assert time.monotonic() - started < 10
+    # What was cached before it turned out is whole, and others may use it already; there is nothing else.
+    assert all(path.is_relative_to("outputs/.cache") for path in Path("outputs").glob("*/*"))
+    assert not list(Path("outputs").rglob("*.partial"))
+    shutil.rmtree("outputs", ignore_errors=True)
     assert sorted(path.name for path in bad_corpora.iterdir()) == ["empty", "one-block", "short"]
 
 
@@ -325,12 +334,18 @@ def test_a_damaged_checkpoint_is_passed_over() -> None:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    (cut / "checkpoints" / ".checkpoint-35.1-abc.tmp").mkdir()  # what a kill in the middle of a save leaves
-    outcome = run(*longer, "name=cut")
+    # What kills leave: in the middle of a save, of a file, and between the two renames of a checkpoint's replacement.
+    (cut / "checkpoints" / ".checkpoint-35.1-abc.tmp").mkdir()
+    for name in (".history.json.0123abcd.tmp", ".hydra/.config.yaml.0123abcd.tmp"):
+        (cut / name).write_text("{")
+    (cut / "checkpoints" / "checkpoint-30").rename(cut / "checkpoints" / ".checkpoint-30.1-0123abcd.old")
+    outcome = run(*longer, "name=cut", "train.checkpoint_dir=elsewhere/")
     assert outcome.code == 0, outcome.errors
-    assert not list((cut / "checkpoints").glob(".*"))
+    assert not list(cut.rglob(".*.*"))
     assert "checkpoint-30" in outcome.output
     assert "damaged" in outcome.output
+    assert "train.checkpoint_dir=elsewhere/ has no effect on a run that has begun" in outcome.output
+    assert not (cut / "elsewhere").exists()
     assert_same_run(only_run("whole"), cut, 40)
 
 
@@ -346,7 +361,8 @@ def test_pretraining_and_init_from() -> None:
     assert history["train_loss"][0] < strict_json(first / "history.json")["train_loss"][0] - 0.01
 
 
-def test_generate_continues_a_prompt(finished: Path) -> None:
+def test_generate_continues_a_prompt_also_without_the_cache(finished: Path, cache: Path) -> None:
+    shutil.rmtree(cache)
     outcome = run(str(finished), "def f(", "--max-new-tokens", "12", module="kd.generate")
     assert outcome.code == 0, outcome.errors
     assert outcome.output.startswith("def f(")

@@ -59,6 +59,7 @@ class Config:
         device_ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         require(device_ok, "device", self.device, "use auto, cpu, cuda or cuda:N")
         require(self.tracker == "none", "tracker", self.tracker, "only none is supported")
+        self.train.require_checkpoints_inside("train")
         self._check_strategy()
         if isinstance(self.adapter, LoRAConfig):
             self.adapter.check_fits(self.model)

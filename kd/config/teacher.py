@@ -39,6 +39,10 @@ class EmbeddedTeacherConfig(PresentTeacherConfig):
     seed: int = 0
     """Seed of the teacher's training."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train.require_checkpoints_inside("teacher.train")
+
 
 @dataclass
 class HubTeacherConfig(PresentTeacherConfig):

@@ -100,13 +100,21 @@ class TrainerConfig:
         for name in ("weight_decay", "warmup_steps"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "it must be 0 or more")
-        parts = self.checkpoint_dir.replace("\\", "/").split("/")
-        require(
-            bool(self.checkpoint_dir) and not self.checkpoint_dir.startswith("/") and ".." not in parts,
-            "train.checkpoint_dir",
-            self.checkpoint_dir,
-            "it must be a folder inside the run's directory, like checkpoints/",
-        )
+        require(bool(self.checkpoint_dir), "train.checkpoint_dir", "''", "give a folder, like checkpoints/")
+
+    def require_checkpoints_inside(self, group: str) -> None:
+        """Check that checkpoints go into a folder of the run's own; in Python alone they may go anywhere.
+
+        Args:
+            group: Where this configuration stands, for the message: `train`.
+
+        Raises:
+            ConfigError: if they do not.
+        """
+        parts = {part for part in self.checkpoint_dir.replace("\\", "/").split("/") if part not in ("", ".")}
+        is_inside = bool(parts) and ".." not in parts and not self.checkpoint_dir.startswith("/")
+        advice = "it must be a folder inside the run's directory, like checkpoints/"
+        require(is_inside, f"{group}.checkpoint_dir", self.checkpoint_dir, advice)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the result, by name."""

@@ -1,8 +1,6 @@
 """How a corpus becomes the files of a packed block store: shards first, then one row of tokens a part."""
 
 import hashlib
-import os
-import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +16,7 @@ from kd.data.corpora import TEST, TRAIN, VALIDATION, Corpus
 from kd.data.special_tokens import special_pattern, spelled_warning, unknown_id, unknown_warning
 from kd.data.tokenizers import end_of_text_id, num_token_ids
 from kd.errors import DataError, IntegrityError
-from kd.files import read_json, write_json
+from kd.files import publish_file, read_json, remove_path, write_array, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -106,8 +104,7 @@ def pack_corpus(work: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast"
     # The metadata is written last: if it is there, only the shards were still to be removed.
     if not (work / META_FILE).exists():
         _pack_parts(work, shards, corpus, tokenizer, seq_len)
-    if shards.exists():
-        shutil.rmtree(shards)
+    remove_path(shards)
 
 
 def _pack_parts(work: Path, folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast", seq_len: int) -> None:
@@ -119,7 +116,7 @@ def _pack_parts(work: Path, folder: Path, corpus: Corpus, tokenizer: "PreTrained
         _require_one_block(lengths, corpus, seq_len)
     except DataError:
         # Nobody will come back for shards that are too short.
-        shutil.rmtree(work)
+        remove_path(work)
         raise
     parts, unknown = {}, unknown_id(tokenizer)
     for part, files in shards.items():
@@ -178,12 +175,8 @@ def _write_shard(path: Path, texts: list[str], tokenizer: "PreTrainedTokenizerFa
         ids = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         encoded.extend(np.array([*document, end], dtype=dtype) for document in ids)
     lengths = np.array([len(document) for document in encoded], dtype=np.int64)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with publish_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, tokens=np.concatenate(encoded), lengths=lengths)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _read_shard(path: Path, name: str) -> npt.NDArray[np.integer]:
@@ -224,6 +217,6 @@ def _write_part(
     digests = np.concatenate([block_digests(windows[start : start + _DIGEST_ROWS]) for start in chunks])
     first_targets = np.arange(len(windows), dtype=np.int64) * seq_len + 1
     documents = np.searchsorted(np.cumsum(lengths), first_targets, side="right")
-    np.save(work / f"{part}.digests.npy", digests)
-    np.save(work / f"{part}.documents.npy", documents.astype(np.int64))
+    write_array(work / f"{part}.digests.npy", digests)
+    write_array(work / f"{part}.documents.npy", documents.astype(np.int64))
     return tokens

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.errors import DataError
+from kd.files import write_array
 from kd.linear_distillation import TokenScores
 from kd.losses import IGNORE_INDEX, token_agreement
 
@@ -160,7 +161,7 @@ class BlockScores:
 
 def save_scores(scores: Scores, directory: Path, part: str, ids: npt.NDArray[np.int64] | None) -> None:
     """Write scores as `{part}_blocks.npy` or `{part}_examples.npy`; see their `table`."""
-    np.save(directory / f"{part}_{scores.unit}.npy", scores.table(ids), allow_pickle=False)
+    write_array(directory / f"{part}_{scores.unit}.npy", scores.table(ids))
 
 
 def perplexity(loss: float) -> float:

@@ -366,3 +366,13 @@ def test_where_nothing_listens_a_request_ends_at_once() -> None:
     with pytest.raises(Interrupted) as caught:
         stop.request(signal.SIGTERM)
     assert caught.value.exit_code == 143
+
+
+def test_a_trainers_checkpoints_go_to_any_folder_that_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    trainer = pretrain(
+        make_student(), make_batches(2), run_dir=tmp_path / "run", checkpoint_dir=str(folder), num_epochs=1
+    )
+    trainer.train()
+    assert [path.name for path in folder.iterdir()] == [trainer.last_checkpoint.name] == ["checkpoint-2"]
+    assert not list((tmp_path / "run").glob("**/checkpoint-*"))

@@ -1,0 +1,46 @@
+"""overwrite=true: a finished run is done again, and an attempt at that which was stopped goes on like any other."""
+
+import logging
+from typing import Any
+
+from kd.errors import IntegrityError
+from kd.files import write_text
+from kd.runs import Run
+
+log = logging.getLogger("kd")
+
+MARKER = ".overwriting"
+"""File of a run's directory: what lies beside it is of an attempt that overwrite=true began, and that is not over."""
+
+
+def needless_because(run: Run, *, overwrite: bool) -> dict[str, Any] | None:
+    """Return the result that makes an attempt needless, or None.
+
+    With `overwrite` that is only one of the attempt which it began, stopped before it could remove its mark.
+
+    Raises:
+        IntegrityError: without `overwrite`, if there is a result that cannot be read.
+    """
+    if not overwrite:
+        return run.result()
+    if not (run.directory / MARKER).is_file():
+        return None
+    try:
+        return run.result()
+    except IntegrityError:
+        return None
+
+
+def begin_afresh(run: Run) -> None:
+    """Remove what an earlier attempt left, unless it began here itself; the caller holds the run."""
+    marker = run.directory / MARKER
+    if marker.is_file() and not run.result_file.exists():
+        log.info("Going on with what overwrite=true began; to begin afresh, remove %s", run.directory)
+        return
+    run.clear()
+    write_text(marker, "overwrite=true removed what was here before.\n")
+
+
+def end(run: Run) -> None:
+    """Forget that a run was begun afresh, since it is done: overwrite=true then begins afresh again."""
+    (run.directory / MARKER).unlink(missing_ok=True)
