@@ -152,7 +152,11 @@ def _teacher_fingerprint(config: Config, teacher: PretrainedTeacher | None, corp
 
 
 def embedded_teacher_fingerprint(config: EmbeddedTeacherConfig, data: CorpusConfig, corpus: str, tokenizer: str) -> str:
-    """Return the hash of all that determines the embedded teacher's weights: its recipe, known before it is trained."""
+    """Return the hash of the embedded teacher's recipe, by which runs name it, since it is known before it is trained.
+
+    Another machine or library makes other weights of one recipe. So what is made with them is kept by their own digest,
+    and each run records it and goes on with no other (`kd.embedded_teacher`, `kd.attempt`).
+    """
     recipe = asdict(config) | {"train": config.train.identity()}
     del recipe["cache"]
     content = {"recipe": recipe, "seq_len": data.seq_len, "corpus": corpus, "tokenizer": tokenizer}
