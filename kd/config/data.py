@@ -52,7 +52,7 @@ class CorpusConfig(DataConfig):
     seq_len: int = 512
     """Inputs (and targets) per block, in tokens."""
     sample_size: int | None = 50_000_000
-    """About how many bytes of text to take, whole documents drawn at random; null: all."""
+    """About how many bytes of text to take (of each path), whole documents drawn at random; null: all."""
     max_train_blocks: int | None = None
     """Train on this many blocks, spread evenly over the training part; null: all."""
     max_eval_blocks: int | None = None
