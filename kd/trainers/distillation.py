@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import TrainingConfig
-from kd.errors import NumericError
 from kd.heads import logits_of
 from kd.losses import distillation_loss
 from kd.model import StudentModel, forward_flops_per_token
-from kd.teacher import LiveTeacher, Teacher
+from kd.teacher import LiveTeacher, Teacher, check_finite
 from kd.trainers.base import Terms
 from kd.trainers.evaluation import BlockScores, score_logits, sum_blocks
 from kd.trainers.language_model import LanguageModelTrainer, Loss
@@ -66,7 +65,7 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         if isinstance(teacher_model, nn.Module):
             teacher_model = LiveTeacher(teacher_model, torch.device(device))
         if teacher_model is not None:
-            _check_finite(teacher_model)
+            check_finite(teacher_model)
         self.teacher: Teacher | None = teacher_model
         if config.alpha == 0:
             self.loss_terms = ("ce_loss",)
@@ -134,25 +133,3 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         teacher = "none" if self.teacher is None else self.teacher.description
         own = {"alpha": self.config.alpha, "temperature": self.config.temperature, "teacher": teacher}
         return own | super()._get_extra_config_info()
-
-
-def _check_finite(teacher: Teacher) -> None:
-    """Check a teacher's weights, as far as they are known: each NaN would spoil the tokens that meet it, maybe all.
-
-    Raises:
-        NumericError: naming the first weight that is not finite. A bias of -inf, which rules a token out, may be.
-    """
-    weights: dict[str, Tensor] = {}
-    if isinstance(teacher, LiveTeacher):
-        weights |= teacher.model.named_parameters()
-    if teacher.head is not None:
-        weights |= {"its head": teacher.head.weight}
-        weights |= {} if teacher.head.bias is None else {"its head's bias": teacher.head.bias}
-    for name, weight in weights.items():
-        values = weight.clamp_min(torch.finfo(weight.dtype).min) if weight.dim() == 1 else weight
-        if not torch.isfinite(values).all():
-            raise NumericError(
-                f"The teacher's weights are not all finite ({name}; {teacher.description}): nothing can be learned "
-                "from it. Its files are damaged or were saved from a training that diverged; or set "
-                "teacher.dtype=float32, if they are too large for the dtype that they were loaded in."
-            )
