@@ -91,14 +91,9 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         if self.teacher is None:  # a loaded checkpoint has brought another alpha
             raise ValueError(f"train.alpha={alpha} needs a teacher_model, and None was given")
         if self.linear_loss is None:
-            return Logits(logits_of(self.module(batch["input_ids"])), self._teacher_logits(batch))
+            return Logits(logits_of(self.module(batch["input_ids"])), _logits(self.teacher, batch))
         states = self._teacher_states(batch)
         return Loss(*self.module(batch["input_ids"], batch["labels"], states, alpha, self.config.temperature))
-
-    def _teacher_logits(self, batch: Batch) -> Tensor:
-        assert self.teacher is not None
-        with torch.autocast(self.device.type, enabled=False):  # its precision is its own concern
-            return self.teacher.logits(batch)
 
     def _teacher_states(self, batch: Batch) -> TeacherStates:
         assert self.teacher is not None
@@ -123,13 +118,20 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
 
     def _flops_per_token(self, length: float) -> float:
         own = super()._flops_per_token(length)
-        if self.teacher is None or self.config.alpha == 0:
-            return own
-        if isinstance(self.teacher, LiveTeacher) and isinstance(self.teacher.model, StudentModel):
-            return own + forward_flops_per_token(self.teacher.model.config, length)
-        return own + self.teacher.flops_per_token
+        return own if self.teacher is None or self.config.alpha == 0 else own + _forward_flops(self.teacher, length)
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         teacher = "none" if self.teacher is None else self.teacher.description
         own = {"alpha": self.config.alpha, "temperature": self.config.temperature, "teacher": teacher}
         return own | super()._get_extra_config_info()
+
+
+def _logits(teacher: Teacher, batch: Batch) -> Tensor:
+    with torch.autocast(batch["input_ids"].device.type, enabled=False):  # its precision is its own concern
+        return teacher.logits(batch)
+
+
+def _forward_flops(teacher: Teacher, length: float) -> float:
+    if isinstance(teacher, LiveTeacher) and isinstance(teacher.model, StudentModel):
+        return forward_flops_per_token(teacher.model.config, length)
+    return teacher.flops_per_token
