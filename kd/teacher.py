@@ -219,3 +219,25 @@ def check_teacher(teacher: Teacher, batch: dict[str, Tensor], student_vocab: int
             f"batch ({str(values.dtype).removeprefix('torch.')}). Its activations overflow: set teacher.dtype=bfloat16 "
             "(or float32)."
         )
+
+
+def check_finite(teacher: Teacher) -> None:
+    """Check a teacher's weights, as far as they are known: each NaN would spoil the tokens that meet it, maybe all.
+
+    Raises:
+        NumericError: naming the first weight that is not finite. A bias of -inf, which rules a token out, may be.
+    """
+    weights: dict[str, Tensor] = {}
+    if isinstance(teacher, LiveTeacher):
+        weights |= teacher.model.named_parameters()
+    if teacher.head is not None:
+        weights |= {"its head": teacher.head.weight}
+        weights |= {} if teacher.head.bias is None else {"its head's bias": teacher.head.bias}
+    for name, weight in weights.items():
+        values = weight.clamp_min(torch.finfo(weight.dtype).min) if weight.dim() == 1 else weight
+        if not torch.isfinite(values).all():
+            raise NumericError(
+                f"The teacher's weights are not all finite ({name}; {teacher.description}): nothing can be learned "
+                "from it. Its files are damaged or were saved from a training that diverged; or set "
+                "teacher.dtype=float32, if they are too large for the dtype that they were loaded in."
+            )

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import kd.generate
+from kd.data import PackedBlocks
 from kd.errors import ConfigError, DataError, KDError
 from kd.files import check_directory
+from kd.student import load_student
 from tests.commands import REPOSITORY, TINY, Outcome, environment, only_run, run, run_and_list, start, strict_json
 
 SERIES = ("train_loss", "kl_loss", "ce_loss", "learning_rate", "grad_norm")
@@ -95,13 +98,31 @@ def test_a_run_writes_what_the_specification_lists(finished: Path) -> None:
     result = strict_json(directory / "result.json")
     assert result["state"] == "done"
     assert result["val_loss"] == history["val_loss"][-1]
-    for part in ("val", "test"):
-        table = np.load(directory / f"{part}_blocks.npy", allow_pickle=False)
-        mean = table["nll"].sum() / table["tokens"].sum()
-        assert mean == pytest.approx(history["val_loss"][-1] if part == "val" else history["test_loss"])
     check_directory(directory / "checkpoints" / "checkpoint-6", digests=True)
     assert not [path for path in directory.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pickle")]
     assert {path.name for path in Path("outputs").iterdir()} == {"debug"}
+
+
+def test_each_part_is_scored_by_the_final_model_on_its_own_blocks(finished: Path, cache: Path) -> None:
+    """Scored here once more, from the files alone: a part that stands for the other is not noticed by its own mean."""
+    history, result = strict_json(finished / "history.json"), strict_json(finished / "result.json")
+    model = load_student(finished).model
+    (store,) = (path for path in (cache / "blocks").iterdir() if path.is_dir())
+    texts = []
+    for part, name in (("val", "validation"), ("test", "test")):
+        blocks = PackedBlocks(store, name, max_blocks=32)
+        batch = blocks[list(range(len(blocks)))]
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(batch["input_ids"]).double(), dim=-1)
+        nll = -log_p.gather(-1, batch["labels"].unsqueeze(-1)).squeeze(-1)
+        table = np.load(finished / f"{part}_blocks.npy", allow_pickle=False)
+        np.testing.assert_allclose(table["nll"], nll.sum(dim=1), rtol=1e-5)
+        np.testing.assert_array_equal(table["document"], blocks.document_ids)
+        assert (table["tokens"] == blocks.seq_len).all()
+        recorded = history["val_loss"][-1] if part == "val" else history["test_loss"]
+        assert recorded == result[f"{part}_loss"] == pytest.approx(float(nll.mean()), rel=1e-5)
+        texts.append({row.numpy().tobytes() for row in batch["input_ids"]})
+    assert not texts[0] & texts[1]
 
 
 @pytest.mark.usefixtures("finished")

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kd.config import TrainingConfig
-from kd.errors import NumericError
 from kd.heads import logits_of
 from kd.losses import distillation_loss
 from kd.model import StudentModel, forward_flops_per_token
-from kd.teacher import LiveTeacher, Teacher
+from kd.teacher import LiveTeacher, Teacher, check_finite
 from kd.trainers.base import Terms
 from kd.trainers.evaluation import BlockScores, score_logits, sum_blocks
 from kd.trainers.language_model import LanguageModelTrainer, Loss
@@ -66,7 +65,7 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         if isinstance(teacher_model, nn.Module):
             teacher_model = LiveTeacher(teacher_model, torch.device(device))
         if teacher_model is not None:
-            _check_finite(teacher_model)
+            check_finite(teacher_model)
         self.teacher: Teacher | None = teacher_model
         if config.alpha == 0:
             self.loss_terms = ("ce_loss",)
@@ -92,14 +91,9 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         if self.teacher is None:  # a loaded checkpoint has brought another alpha
             raise ValueError(f"train.alpha={alpha} needs a teacher_model, and None was given")
         if self.linear_loss is None:
-            return Logits(logits_of(self.module(batch["input_ids"])), self._teacher_logits(batch))
+            return Logits(logits_of(self.module(batch["input_ids"])), _logits(self.teacher, batch))
         states = self._teacher_states(batch)
         return Loss(*self.module(batch["input_ids"], batch["labels"], states, alpha, self.config.temperature))
-
-    def _teacher_logits(self, batch: Batch) -> Tensor:
-        assert self.teacher is not None
-        with torch.autocast(self.device.type, enabled=False):  # its precision is its own concern
-            return self.teacher.logits(batch)
 
     def _teacher_states(self, batch: Batch) -> TeacherStates:
         assert self.teacher is not None
@@ -124,11 +118,7 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
 
     def _flops_per_token(self, length: float) -> float:
         own = super()._flops_per_token(length)
-        if self.teacher is None or self.config.alpha == 0:
-            return own
-        if isinstance(self.teacher, LiveTeacher) and isinstance(self.teacher.model, StudentModel):
-            return own + forward_flops_per_token(self.teacher.model.config, length)
-        return own + self.teacher.flops_per_token
+        return own if self.teacher is None or self.config.alpha == 0 else own + _forward_flops(self.teacher, length)
 
     def _get_extra_config_info(self) -> dict[str, Any]:
         teacher = "none" if self.teacher is None else self.teacher.description
@@ -136,23 +126,12 @@ class DistillationTrainer(LanguageModelTrainer[TrainingConfig]):
         return own | super()._get_extra_config_info()
 
 
-def _check_finite(teacher: Teacher) -> None:
-    """Check a teacher's weights, as far as they are known: each NaN would spoil the tokens that meet it, maybe all.
+def _logits(teacher: Teacher, batch: Batch) -> Tensor:
+    with torch.autocast(batch["input_ids"].device.type, enabled=False):  # its precision is its own concern
+        return teacher.logits(batch)
 
-    Raises:
-        NumericError: naming the first weight that is not finite. A bias of -inf, which rules a token out, may be.
-    """
-    weights: dict[str, Tensor] = {}
-    if isinstance(teacher, LiveTeacher):
-        weights |= teacher.model.named_parameters()
-    if teacher.head is not None:
-        weights |= {"its head": teacher.head.weight}
-        weights |= {} if teacher.head.bias is None else {"its head's bias": teacher.head.bias}
-    for name, weight in weights.items():
-        values = weight.clamp_min(torch.finfo(weight.dtype).min) if weight.dim() == 1 else weight
-        if not torch.isfinite(values).all():
-            raise NumericError(
-                f"The teacher's weights are not all finite ({name}; {teacher.description}): nothing can be learned "
-                "from it. Its files are damaged or were saved from a training that diverged; or set "
-                "teacher.dtype=float32, if they are too large for the dtype that they were loaded in."
-            )
+
+def _forward_flops(teacher: Teacher, length: float) -> float:
+    if isinstance(teacher, LiveTeacher) and isinstance(teacher.model, StudentModel):
+        return forward_flops_per_token(teacher.model.config, length)
+    return teacher.flops_per_token
