@@ -2,14 +2,17 @@
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 
 from kd.errors import KDError
+from kd.openmp import let_threads_sleep
 
 
 def main() -> None:
     """Run the command line; exit with the code of what went wrong (see `kd.errors`)."""
+    os.environ.update(let_threads_sleep(os.environ))  # torch has not been imported yet
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal of few characters cannot show
     try:

@@ -41,6 +41,9 @@ RESULT, FAILURE, ENVIRONMENT, LOCK = "result.json", "failure.json", "environment
 PATIENCE_SECONDS = 0.3
 """How long a lock is asked for before its run counts as held: whoever reads a state holds it for an instant."""
 SCHEMA_VERSION = 1
+HALF_PRECISION = 2
+"""What half precision rounds, in the identity of runs that train in it: 1 (not written) everything, 2 the student in
+training alone. Teachers keep their dtype and evaluations are in float32."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "peft", "torchao")
 COLUMNS = (
     "train_step",
@@ -125,6 +128,8 @@ def run_identity(config: Config, fingerprints: Fingerprints, num_processes: int 
     # Only where there is any, so that runs from before there was such a thing are still known.
     later = {"adapter": asdict(config.adapter), "quantization": asdict(config.quantization)}
     content |= {name: values for name, values in later.items() if values}
+    if config.train.precision != "float32":
+        content["half_precision"] = HALF_PRECISION
     return RunIdentity(config.name, f"{settings}-seed{config.seed}", content)
 
 

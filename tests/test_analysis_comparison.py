@@ -395,10 +395,9 @@ def test_rewards_of_other_answers_are_not_ranked() -> None:
     assert load_runs("outputs").runs["evaluation"].nunique() == 2
 
 
-def test_text_compares_between_pretraining_and_distillation_but_not_in_another_precision_or_block_length() -> None:
+def test_text_compares_where_it_is_scored_alike() -> None:
     sweep = Sweep()
-    distilled, pretrained, rounded = (sweep.add(0.0, 1, 5.0, seed) for seed in range(3))
-    shorter = sweep.add(0.0, 1, 5.0, 3)
+    distilled, pretrained, half, rounded, shorter = (sweep.add(0.0, 1, 5.0, seed) for seed in range(5))
 
     def change(directory: Path, **values: Any) -> None:
         record = read_json(directory / "environment.json")
@@ -406,8 +405,9 @@ def test_text_compares_between_pretraining_and_distillation_but_not_in_another_p
         (directory / "environment.json").write_text(json.dumps(record))
 
     change(pretrained, trainer="pretrain", model={"hidden_size": 32, "max_seq_len": 64})
-    change(rounded, train={"alpha": 0.0, "precision": "bfloat16"})
+    change(half, train={"alpha": 0.0, "precision": "bfloat16"}, half_precision=2)
+    change(rounded, train={"alpha": 0.0, "precision": "bfloat16"})  # of when logits were rounded for scores too
     change(shorter, seq_len=16)
     found = load_runs("outputs").runs.set_index("directory")["evaluation"]
-    assert found[str(distilled)] == found[str(pretrained)]
+    assert found[str(distilled)] == found[str(pretrained)] == found[str(half)]
     assert len(set(found)) == 3

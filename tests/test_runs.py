@@ -144,6 +144,12 @@ def test_another_input_is_another_run(field: str) -> None:
     assert digest(inputs=replace(INPUTS, **{field: "other"})) != digest()
 
 
+def test_runs_in_half_precision_are_others_than_when_more_was_rounded() -> None:
+    half = run_identity(train_with(CONFIG, precision="bfloat16"), INPUTS)
+    assert half.content["half_precision"] == 2
+    assert "half_precision" not in run_identity(CONFIG, INPUTS).content
+
+
 def test_all_of_these_are_different_runs() -> None:
     digests = [digest(config) for config in OTHER_RUN.values()]
     assert len(set(digests)) == len(digests)

@@ -132,8 +132,9 @@ def _measure(identity: dict[str, Any]) -> dict[str, str]:
     """Return all that decides what a run's final numbers are of; only where it is the same do they compare."""
     trainer = str(identity.get("trainer"))
     flat = _dotted(identity)
-    # Scored under autocast, logits are rounded.
-    measure = {key: flat.get(key) for key in (*INPUTS, "train.precision")}
+    # Runs in half precision were once scored in it too.
+    scored_in = None if identity.get("half_precision") else flat.get("train.precision")
+    measure = {key: flat.get(key) for key in INPUTS} | {"scored_in": scored_in}
     if trainer not in TEXT_TRAINERS:
         # Examples are cut, or left out, where they are longer than the model reads.
         measure |= {"trainer": trainer, "max_seq_len": flat.get("model.max_seq_len")}
