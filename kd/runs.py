@@ -42,8 +42,7 @@ PATIENCE_SECONDS = 0.3
 """How long a lock is asked for before its run counts as held: whoever reads a state holds it for an instant."""
 SCHEMA_VERSION = 1
 HALF_PRECISION = 2
-"""What half precision rounds, in the identity of runs that train in it: 1 (not written) everything, 2 the student in
-training alone. Teachers keep their dtype and evaluations are in float32."""
+"""What it rounds: the student in training alone. In runs without this mark in their identity: teacher and scores too."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "peft", "torchao")
 COLUMNS = (
     "train_step",
@@ -126,10 +125,9 @@ def run_identity(config: Config, fingerprints: Fingerprints, num_processes: int 
         "init_from": fingerprints.init_from,
     }
     # Only where there is any, so that runs from before there was such a thing are still known.
-    later = {"adapter": asdict(config.adapter), "quantization": asdict(config.quantization)}
+    half = HALF_PRECISION if config.train.precision != "float32" else None
+    later = {"adapter": asdict(config.adapter), "quantization": asdict(config.quantization), "half_precision": half}
     content |= {name: values for name, values in later.items() if values}
-    if config.train.precision != "float32":
-        content["half_precision"] = HALF_PRECISION
     return RunIdentity(config.name, f"{settings}-seed{config.seed}", content)
 
 

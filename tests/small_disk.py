@@ -19,7 +19,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # whatever a failed test still holds open
 
 
 def enlarge(disk: Path, size: str) -> None:
