@@ -42,7 +42,7 @@ PATIENCE_SECONDS = 0.3
 """How long a lock is asked for before its run counts as held: whoever reads a state holds it for an instant."""
 SCHEMA_VERSION = 1
 HALF_PRECISION = 2
-"""What it rounds: the student in training alone. In runs without this mark in their identity: teacher and scores too."""
+"""What it rounds: the student in training alone. In runs without this mark in their identity: the scores too."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "hydra-core", "peft", "torchao")
 COLUMNS = (
     "train_step",
