@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kd.attempt
-from kd.config import EmbeddedTeacherConfig, ModelConfig, PretrainConfig, StdlibDataConfig, TrainingConfig
+from kd.config import EmbeddedTeacherConfig, ModelConfig, PretrainConfig, StdlibDataConfig
 from kd.data import TokenizerSource
 from kd.embedded_teacher import embedded_teacher_content, embedded_teacher_directory, load_embedded_teacher
 from kd.errors import DataError
@@ -24,7 +24,6 @@ from .commands import TINY, run, strict_json
 from .trainers.helpers import BYTES, LENGTH
 
 if TYPE_CHECKING:
-    from kd.config import Config
     from kd.runs import Run
 
 CPU = torch.device("cpu")
@@ -101,16 +100,15 @@ CONTENTS: dict[str, str | None] = {"tokenizer": "a", "teacher": "b"}
 )
 def test_an_attempt_does_not_go_on_with_another_teacher(before: dict[str, Any], words: str | None) -> None:
     run_ = cast("Run", SimpleNamespace(directory=Path("run")))
-    config = cast("Config", SimpleNamespace(train=TrainingConfig()))
     Path("run").mkdir()
     Path("run/environment.json").write_text(json.dumps({"inputs": before}))
-    kd.attempt._refuse_others(run_, config, CONTENTS)  # nothing was saved yet, so nothing would be mixed
+    kd.attempt._refuse_others(run_, CONTENTS)  # nothing was saved yet, so nothing would be mixed
     Path("run/checkpoints/checkpoint-3").mkdir(parents=True)
     if words is None:
-        kd.attempt._refuse_others(run_, config, CONTENTS)
+        kd.attempt._refuse_others(run_, CONTENTS)
         return
     with pytest.raises(DataError, match=f"{words}.*KD_CACHE.*overwrite=true"):
-        kd.attempt._refuse_others(run_, config, CONTENTS)
+        kd.attempt._refuse_others(run_, CONTENTS)
 
 
 def test_processes_with_caches_of_their_own_do_not_train_on_different_teachers(monkeypatch: pytest.MonkeyPatch) -> None:

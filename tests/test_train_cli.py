@@ -257,6 +257,7 @@ def test_a_live_run_is_refused_to_a_second_process(tmp_path: Path) -> None:
 
 def test_a_killed_teacher_training_goes_on(tmp_path: Path) -> None:
     slow_teacher = (*TINY, "teacher.train.max_steps=400", "teacher.train.save_interval=20")
+    slow_teacher = (*slow_teacher, "teacher.train.log_interval=100")
     process = start(*slow_teacher)
     deadline = time.monotonic() + 90
     while not list((tmp_path / "cache").glob("teachers/*.partial/checkpoints/checkpoint-40")):
