@@ -1,6 +1,6 @@
 """Writes the figures that README.md and this experiment's page quote, from the results beside them.
 
-    python experiments/alpha_temperature/figures.py --collect   # after the experiment: outputs/ to results/, then pages
+    python experiments/alpha_temperature/figures.py --collect   # after both sweeps: outputs/ to results/, then pages
     python experiments/alpha_temperature/figures.py             # results/ to pages
 
 A page marks what is written into it: `<!-- figures: NAME -->`, the figures, `<!-- end of figures -->`. A test compares
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
-from kd.analysis import best_of, load_runs, verdict
+from kd.analysis import Runs, best_of, load_runs, verdict
 from kd.analysis.plots import by_temperature, heatmap, png
 from kd.analysis.tables import interval_text, spread_text
 
@@ -24,6 +24,7 @@ REPOSITORY = HERE.parents[1]
 RESULTS = HERE / "results"
 OUTPUTS = Path("outputs/alpha_temperature")
 COMMAND = "python -m kd.train experiment=alpha_temperature"
+WARM_UP_COMMAND = "python -m kd.train experiment=warm_up"
 DEFAULT_RECIPE = REPOSITORY / "conf" / "train" / "quick.yaml"
 NUISANCE = ("learning_rate", "warmup_steps")
 SETTINGS = ("alpha", "temperature", *NUISANCE, "seed")
@@ -48,16 +49,25 @@ def collect(folder: Path = OUTPUTS, results: Path = RESULTS) -> None:
     """
     runs = load_runs(folder)
     comparison = best_of(runs, NUISANCE)
-    frame = runs.runs[runs.runs["state"] == "done"].rename(columns={"train.warmup_steps": "warmup_steps"})
-    if "warmup_steps" not in frame:  # all runs have the same
-        frame["warmup_steps"] = [runs.files[name].settings["train.warmup_steps"] for name in frame["directory"]]
-    frame["finished"] = [_day(Path(name) / "result.json") for name in frame["directory"]]
-    frame[["run", *SETTINGS, *MEASURED, "finished"]].round(6).to_csv(results / "embedded.csv", index=False)
+    _write_runs(runs, results / "embedded.csv")
     comparison.settings[list(OF_ARMS)].round(6).to_csv(results / "embedded-arms.csv", index=False)
     sentences = [*verdict(comparison), *comparison.warnings, *comparison.notes]
     (results / "embedded-answer.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
     for name, figure in (("heatmap", heatmap(runs, comparison)), ("temperature", by_temperature(runs, comparison))):
         (results / f"embedded-{name}.png").write_bytes(png(figure))
+
+
+def collect_warm_up(folder: Path, results: Path = RESULTS) -> None:
+    """Write the runs of the default's two warm-ups into the results, as warm_up.csv."""
+    _write_runs(load_runs(folder), results / "warm_up.csv")
+
+
+def _write_runs(runs: Runs, path: Path) -> None:
+    frame = runs.runs[runs.runs["state"] == "done"].rename(columns={"train.warmup_steps": "warmup_steps"})
+    if "warmup_steps" not in frame:  # all runs have the same
+        frame["warmup_steps"] = [runs.files[name].settings["train.warmup_steps"] for name in frame["directory"]]
+    frame["finished"] = [_day(Path(name) / "result.json") for name in frame["directory"]]
+    frame[["run", *SETTINGS, *MEASURED, "finished"]].round(6).to_csv(path, index=False)
 
 
 def _day(path: Path) -> str:
@@ -69,23 +79,34 @@ def _day(path: Path) -> str:
 
 def default(results: Path = RESULTS) -> str:
     """Return what the embedded default reaches at temperature 1, as a sentence."""
-    runs = pd.read_csv(results / "embedded.csv")
+    runs = pd.read_csv(results / "warm_up.csv")
     recipe = OmegaConf.load(DEFAULT_RECIPE)
     usual = runs[(runs["learning_rate"] == recipe.learning_rate) & (runs["warmup_steps"] == recipe.warmup_steps)]
     if usual.empty:
         raise SystemExit(
-            f"{results / 'embedded.csv'} has no runs of the default's recipe (learning_rate {recipe.learning_rate}, "
-            f"warmup_steps {recipe.warmup_steps}): add them to the experiment's grid."
+            f"{results / 'warm_up.csv'} has no runs of the default's recipe (learning_rate {recipe.learning_rate}, "
+            f"warmup_steps {recipe.warmup_steps}): change conf/experiment/warm_up.yaml, and run it again."
         )
-    with_teacher = usual[(usual["alpha"] == 1) & (usual["temperature"] == 1)]["val_ppl"]
-    without = usual[usual["alpha"] == 0]["val_ppl"]
+    with_teacher, without = (usual[usual["alpha"] == alpha]["val_ppl"] for alpha in (1, 0))
     teacher = usual["teacher_val_ppl"].dropna().iloc[0]
     return (
         "On the embedded default, at temperature 1, the student ends at validation perplexity "
         f"{_mean(with_teacher)} with the teacher\nalone (`alpha=1`) and {_mean(without)} without it (`alpha=0`): mean "
-        f"and standard deviation over {len(without)} seeds. The teacher\nitself has {teacher:.1f}. (`{COMMAND}`, "
-        f"{runs['finished'].max()}; `experiments/alpha_temperature/`.)"
+        f"and standard deviation over {len(without)} seeds. The teacher\nitself has {teacher:.1f}. "
+        f"(`{WARM_UP_COMMAND}`, {runs['finished'].max()}; `experiments/alpha_temperature/`.)"
     )
+
+
+def warm_up(results: Path = RESULTS) -> str:
+    """Return validation perplexity, and the seeds' spread of the loss in nats, by alpha and warm-up."""
+    runs = pd.read_csv(results / "warm_up.csv")
+    header = ["alpha", "warm-up", "validation perplexity", "lowest to highest", "spread of val_loss (nats)", "seeds"]
+    rows = []
+    for (alpha, steps), seeds in runs.groupby(["alpha", "warmup_steps"]):
+        ends = f"{seeds['val_ppl'].min():.1f} to {seeds['val_ppl'].max():.1f}"
+        rows.append([f"{alpha:g}", f"{steps:g} steps", _mean(seeds["val_ppl"]), ends, f"{seeds['val_loss'].std():.3f}"])
+        rows[-1].append(f"{len(seeds)}")
+    return f"{_markdown(header, rows)}\n\n`{WARM_UP_COMMAND}`, {runs['finished'].max()}."
 
 
 def _mean(values: "pd.Series[float]") -> str:
@@ -174,7 +195,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 # --- pages -------------------------------------------------------------------------------------------------------
 
-FIGURES = {figure.__name__: figure for figure in (default, source, answer, grid, arms, sensitivity, smollm2)}
+FIGURES = {figure.__name__: figure for figure in (default, warm_up, source, answer, grid, arms, sensitivity, smollm2)}
 PAGES = (REPOSITORY / "README.md", HERE / "README.md")
 
 
@@ -190,6 +211,7 @@ def main() -> None:
     folder = parser.parse_args().collect
     if folder is not None:
         collect(folder)
+        collect_warm_up(folder.parent / "warm_up")
     for path in PAGES:
         path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
 
