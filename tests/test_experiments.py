@@ -96,7 +96,8 @@ def test_the_results_are_those_of_the_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_alpha_temperature_reads_a_real_sweep() -> None:
-    grid = ("train.alpha=0,1", "train.temperature=1,2", "seed=0,1")
+    grid = ("train.alpha=0,1", "train.temperature=1,2", "seed=0,1", "train.warmup_steps=1")
+    grid = (*grid, "train.learning_rate=0.003,0.006")
     outcome = run(*TINY, "experiment=alpha_temperature", "name=alpha_temperature", *grid, timeout=500)
     assert outcome.code == 0, outcome.errors
     assert "12 runs: 12 done" in outcome.output
