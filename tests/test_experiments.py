@@ -84,7 +84,7 @@ def test_the_results_are_those_of_the_runs(tmp_path: Path) -> None:
     usual = runs[(runs["learning_rate"] == recipe.learning_rate) & (runs["alpha"] == 0)]
     assert f"and {usual['val_ppl'].mean():.4g} +- {usual['val_ppl'].std():.2g} without it" in script.default(tmp_path)
     assert script.default(tmp_path).count("3 seeds") == 1
-    assert script.warm_up(tmp_path).count(f"| {recipe.warmup_steps} steps |") == 2
+    assert script.warm_up(tmp_path).count(f"| {recipe.warmup_steps} steps |") == 3  # alpha 0, 0.5, 1
     arms = script.arms(tmp_path).splitlines()
     assert len(arms) == 2 + 5
     assert "| best |" in arms[2]
