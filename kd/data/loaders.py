@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd.data.blocks import PackedBlocks
 from kd.errors import DataError
+from kd.stop import SIGNALS
 
 if TYPE_CHECKING:
     from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -87,7 +89,8 @@ class PositionedLoader(DataLoader[dict[str, Tensor]], Generic[D]):
         )
 
     def __iter__(self) -> "_BaseDataLoaderIter":
-        iterator = super().__iter__()
+        with _signals_held() if self.num_workers else nullcontext():
+            iterator = super().__iter__()
         self.order.batches = None  # the choice was for this iteration, which has taken it in
         return iterator
 
@@ -118,6 +121,16 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back signals while worker processes start: each takes them only when it has `_outlive_signals`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _outlive_signals(worker: int) -> None:  # noqa: ARG001 - torch's signature
     """Let a worker process wait for its parent's word when a signal asks all processes of a job to stop.
 
@@ -126,6 +139,7 @@ def _outlive_signals(worker: int) -> None:  # noqa: ARG001 - torch's signature
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_SECONDS))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def train_loader(dataset: PackedBlocks, batch_size: int, seed: int, num_workers: int = 0) -> BlockLoader:

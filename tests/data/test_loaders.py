@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,10 +123,14 @@ def test_iterating_leaves_the_global_generator_alone(num_workers: int, blocks: P
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_signal_to_all_processes_leaves_those_that_load_at_work(blocks: PackedBlocks) -> None:
+@pytest.mark.parametrize("have_begun", [True, False])
+def test_a_signal_to_all_processes_leaves_those_that_load_at_work(have_begun: bool, blocks: PackedBlocks) -> None:
     loader = train_loader(blocks, 8, 0, num_workers=2)
+    begin = loader.worker_init_fn
+    assert begin is not None
+    loader.worker_init_fn = lambda worker: (time.sleep(0 if have_begun else 0.3), begin(worker))[0]
     iterator = iter(loader)
-    ids = [next(iterator)["block_id"].tolist()]  # now both have begun
+    ids = [next(iterator)["block_id"].tolist()] if have_begun else []
     for worker in multiprocessing.active_children():
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(worker.pid or 0, number)
