@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kd.analysis import load_runs
-from kd.analysis.plots import heatmap, kl_against_cross_entropy, learning_curves
+from kd.analysis import best_of, load_runs
+from kd.analysis.plots import by_temperature, heatmap, kl_against_cross_entropy, learning_curves
 from kd.analysis.report import write_report
 from kd.compare import compare
 from kd.files import read_json
@@ -168,6 +168,20 @@ def test_best_of_goes_beside_the_report_of_all_settings() -> None:
     assert "Sensitivity" in (whole.parent / "best_of" / "report.md").read_text()
     assert whole.read_text() == before
     assert load_runs("outputs").problems == []
+
+
+def test_a_long_title_is_within_its_picture() -> None:
+    sweep = Sweep(Path("outputs/e"))
+    for warmup in (10, 20):
+        make_grid(sweep, learning_rate=0.001, warmup_steps=warmup)
+        make_grid(sweep, learning_rate=0.003, warmup_steps=warmup)
+    runs = load_runs("outputs/e")
+    comparison = best_of(runs, ["learning_rate", "warmup_steps"])
+    for figure in (heatmap(runs, comparison), by_temperature(runs, comparison), learning_curves(runs, comparison)):
+        figure.draw_without_rendering()
+        box = figure._suptitle.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
 
 
 def test_pictures_show_only_runs_that_were_compared() -> None:

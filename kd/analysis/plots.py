@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -30,6 +31,12 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
+
+
+def _title(figure: Figure, text: str) -> None:
+    """Put a title over a figure, in as many lines as its width needs."""
+    letters_an_inch = 11
+    figure.suptitle(textwrap.fill(text, int(figure.get_figwidth() * letters_an_inch)), fontsize=11)
 
 
 def all_plots(runs: Runs, comparison: Comparison) -> dict[str, bytes]:
@@ -121,7 +128,7 @@ def heatmap(runs: Runs, comparison: Comparison) -> Figure:
         _fill(axis, settings, all_runs, alphas, temperatures, (column, low, high), comparison.has_set)
         axis.set_title(title)
     title = f"{part.capitalize()} perplexity{_at_best(comparison)}, mean \u00b1 SD over seeds (darker is lower, better)"
-    figure.suptitle(title, fontsize=11)
+    _title(figure, title)
     return figure
 
 
@@ -224,7 +231,7 @@ def by_temperature(runs: Runs, comparison: Comparison) -> Figure:
         axis.legend(fontsize=8)
     seeds = int(comparison.settings["seeds"].max())
     note = f"bars: SD over up to {seeds} seeds" if seeds > 1 else "one seed: no spread is known"
-    figure.suptitle(f"{part.capitalize()} perplexity by temperature{_at_best(comparison)} ({note})", fontsize=11)
+    _title(figure, f"{part.capitalize()} perplexity by temperature{_at_best(comparison)} ({note})")
     return figure
 
 
@@ -284,7 +291,7 @@ def learning_curves(runs: Runs, comparison: Comparison) -> Figure | None:
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         axis.tick_params(axis="y", which="both", labelsize=8)
         axis.grid(alpha=0.3, which="both")
-    figure.suptitle(f"Learning curves{_at_best(comparison)}, mean over seeds", fontsize=11)
+    _title(figure, f"Learning curves{_at_best(comparison)}, mean over seeds")
     return figure
 
 
