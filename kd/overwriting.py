@@ -1,11 +1,13 @@
 """overwrite=true: a finished run is done again, and an attempt at that which was stopped goes on like any other."""
 
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from kd.errors import IntegrityError
-from kd.files import write_text
-from kd.runs import Run
+from kd.files import digest_of, write_text
+from kd.runs import RESULT, Run
 
 log = logging.getLogger("kd")
 
@@ -44,3 +46,33 @@ def begin_afresh(run: Run) -> None:
 def end(run: Run) -> None:
     """Forget that a run was begun afresh, since it is done: overwrite=true then begins afresh again."""
     (run.directory / MARKER).unlink(missing_ok=True)
+
+
+class SweepOverwriting:
+    """A sweep with overwrite=true: what it has done again stays, if it was stopped and is started once more.
+
+    Args:
+        directories: Of the sweep's runs.
+    """
+
+    def __init__(self, directories: Iterable[Path]) -> None:
+        paths = sorted(directories)
+        self._marker = paths[0].parent / f"{MARKER}-{digest_of([str(path) for path in paths])[:8]}"
+
+    def has_done(self, directory: Path) -> bool:
+        """Return whether a finished run was finished since the sweep began to do its runs again."""
+        if not self._marker.is_file():
+            return False
+        return (directory / RESULT).stat().st_mtime_ns >= self._marker.stat().st_mtime_ns
+
+    def begin(self) -> None:
+        """Remember when the sweep began, unless it is going on."""
+        if self._marker.is_file():
+            log.info("Going on with what overwrite=true began; to do all runs again, remove %s", self._marker)
+            return
+        self._marker.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._marker, "overwrite=true does the runs of a sweep again that were finished before this.\n")
+
+    def end(self) -> None:
+        """Forget that the sweep began, since all its runs are done."""
+        self._marker.unlink(missing_ok=True)

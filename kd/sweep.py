@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from kd.composition import CONFIG_NAME, conf_dir
 from kd.errors import ConfigError, IntegrityError, Interrupted, KDError
 from kd.outcome import headline, objective
+from kd.overwriting import SweepOverwriting
 from kd.runs import RunState, holder_of, read_failure, read_result, run_state
 from kd.stop import signals_to
 from kd.sweep_group import GroupSize
@@ -62,8 +63,11 @@ def run_sweep(arguments: list[str], context: HydraContext, master: DictConfig) -
     runs: dict[Path, Point] = {}
     for point in points:
         runs.setdefault(point.directory, point)
-    todo = [run for run in runs.values() if run.config.overwrite or run_state(run.directory) is not RunState.DONE]
+    again = SweepOverwriting(runs)
+    todo = [run for run in runs.values() if not _is_done(run, again)]
     _announce(len(points), len(runs), len(todo), group)
+    if any(run.config.overwrite for run in todo):
+        again.begin()
     ended = _launch(todo, context, master, group) if todo else Ended({}, set(), set(), None)
     states = {directory: ended.state(directory) for directory in runs}
     print(summary(states, ended.logs), flush=True)
@@ -71,7 +75,14 @@ def run_sweep(arguments: list[str], context: HydraContext, master: DictConfig) -
         for experiment in dict.fromkeys(directory.parent for directory in states):
             _report(experiment, anew=bool(todo))
     _raise_unless_done(states, ended)
+    again.end()
     return [objective(_result_of(directory)) for directory in runs]
+
+
+def _is_done(run: Point, again: SweepOverwriting) -> bool:
+    if run_state(run.directory) is not RunState.DONE:
+        return False
+    return not run.config.overwrite or again.has_done(run.directory)
 
 
 def _announce(num_points: int, num_runs: int, num_todo: int, group: GroupSize) -> None:

@@ -169,6 +169,22 @@ def test_a_sweep_that_was_stopped_says_so(launched: Sweep) -> None:
     assert not list(Path("outputs/.hydra").rglob("stop"))
 
 
+def test_a_sweep_that_overwrites_goes_on_where_it_was_stopped(
+    launched: Sweep, caplog: pytest.LogCaptureFixture
+) -> None:
+    launched(do)
+    with pytest.raises(Interrupted):
+        launched(stop, "overwrite=true")
+    with caplog.at_level("INFO", "kd"):
+        rest = launched(do, "overwrite=true")
+    assert rest is not None
+    assert len(rest.launched) == 1
+    assert "Going on with what overwrite=true began" in caplog.text
+    anew = launched(do, "overwrite=true")
+    assert anew is not None
+    assert len(anew.launched) == 3
+
+
 @pytest.mark.parametrize("again", [[], ["overwrite=true"]], ids=["a new run", "a finished run, done again"])
 def test_a_run_that_was_asked_to_stop_has_not_failed(
     launched: Sweep, again: list[str], capsys: pytest.CaptureFixture[str]
